@@ -1,0 +1,91 @@
+// The Python module s5eqx.ops._cpu: XLA FFI handlers of the CPU kernels, and what is needed to register them.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <exception>
+
+#include "scan.h"
+#include "shapes.h"
+
+namespace s5eqx {
+namespace {
+
+// Some of XLA's own threads. A handler never waits for a thread that has not started, so full pools cannot deadlock.
+Parallel pool_threads(ffi::ThreadPool& pool) {
+  return [&pool](int64_t helpers, std::function<void()> task) {
+    for (int64_t i = std::min(helpers, pool.num_threads() - 1); i > 0; --i) pool.Schedule(std::function<void()>(task));
+  };
+}
+
+template <typename T>
+T* data(const ffi::AnyBuffer& b) {
+  return static_cast<T*>(b.untyped_data());
+}
+
+template <typename F>
+ffi::Error guarded(F f) {
+  try {
+    f();
+    return ffi::Error::Success();
+  } catch (const std::exception& e) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("s5eqx scan: ") + e.what());
+  }
+}
+
+ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                   ffi::Result<ffi::AnyBuffer> x, bool reverse, bool pairs) {
+  ScanChecker check(b, pairs, reverse);
+  check.multiplier("a", a);
+  check.state("x0", x0);
+  const uint8_t* const flags = check.reset(reset);
+  check.like_b("x", *x);
+  if (check.error().failure()) return check.error();
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    scan_forward<T>(check.shape, {data<T>(a), data<T>(b), data<T>(x0), flags, data<T>(*x)}, pool_threads(pool));
+  };
+  return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
+}
+
+ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                    ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> lambda, ffi::Result<ffi::AnyBuffer> da,
+                    ffi::Result<ffi::AnyBuffer> dx0, bool reverse, bool pairs) {
+  ScanChecker check(g, pairs, reverse);
+  check.multiplier("a", a);
+  check.like_b("x", x);
+  check.state("x0", x0);
+  const uint8_t* const flags = check.reset(reset);
+  check.like_b("lambda", *lambda);
+  check.multiplier_cotangent("da", *da);
+  check.state("dx0", *dx0);
+  if (check.error().failure()) return check.error();
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    scan_backward<T>(check.shape,
+                     {data<T>(a), data<T>(x), data<T>(x0), flags, data<T>(g), data<T>(*lambda), data<T>(*da),
+                      data<T>(*dx0), /*conjugate=*/pairs},
+                     pool_threads(pool));
+  };
+  return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
+}
+
+using ffi::AnyBuffer;
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_forward_handler, forward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<bool>("reverse").Attr<bool>("pairs"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_backward_handler, backward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>()
+                                  .Attr<bool>("reverse").Attr<bool>("pairs"));
+
+}  // namespace
+}  // namespace s5eqx
+
+PYBIND11_MODULE(_cpu, m) {
+  const auto capsule = [](XLA_FFI_Handler* handler) { return pybind11::capsule(reinterpret_cast<void*>(handler)); };
+  m.attr("ffi_api") = pybind11::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("instruction_set") = s5eqx::instruction_set();
+  m.attr("targets") = pybind11::dict();
+  m.attr("targets")["s5eqx_scan_forward"] = capsule(s5eqx::scan_forward_handler);
+  m.attr("targets")["s5eqx_scan_backward"] = capsule(s5eqx::scan_backward_handler);
+}

@@ -1,0 +1,99 @@
+// What every scan handler checks before it touches memory. Python checks the same at trace time; this is the last
+// line, since an FFI target can be called with anything.
+#pragma once
+
+#include <string>
+
+#include "scan.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace s5eqx {
+
+namespace ffi = xla::ffi;
+
+inline std::string show(const ffi::AnyBuffer& buffer) {
+  std::string text = "(";
+  for (const int64_t n : buffer.dimensions()) text += std::to_string(n) + ", ";
+  return text + "type " + std::to_string(static_cast<int>(buffer.element_type())) + ")";
+}
+
+// The first complaint is kept; `shape` is the problem that the operands describe.
+class ScanChecker {
+ public:
+  // `b` sets the sizes: (B, L, P), or (B, L, P, 2) for float pairs.
+  ScanChecker(const ffi::AnyBuffer& b, bool pairs, bool reverse) : type_(b.element_type()), pairs_(pairs) {
+    const auto dims = b.dimensions();
+    const bool is_real = type_ == ffi::F32 || type_ == ffi::F64, is_complex = type_ == ffi::C64 || type_ == ffi::C128;
+    require(is_real || (is_complex && !pairs), "b", b, pairs ? "a real type" : "float32, float64, complex64 or complex128");
+    require(dims.size() == (pairs ? 4u : 3u) && (!pairs || dims[3] == 2), "b", b, pairs ? "(B, L, P, 2)" : "(B, L, P)");
+    if (!message_.empty()) return;
+    states_ = dims[2];
+    const int64_t scalars = is_complex || pairs ? 2 : 1;
+    shape = ScanShape{dims[0], dims[1], dims[2] * scalars, scalars == 2, reverse, 0, 0, 0};
+  }
+
+  void multiplier(const char* name, const ffi::AnyBuffer& a) {
+    if (!same_kind(name, a)) return;
+    const auto dims = a.dimensions();
+    require((dims[0] == 1 || dims[0] == shape.batch) && (dims[1] == 1 || dims[1] == shape.length) && dims[2] == states_,
+            name, a, "(1 or B, 1 or L, P)");
+    if (!message_.empty()) return;
+    const int64_t steps = dims[1];
+    shape.a_time = steps == 1 ? 0 : shape.width;
+    shape.a_batch = dims[0] == 1 ? 0 : steps * shape.width;
+  }
+
+  void like_b(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, shape.batch, shape.length); }
+  void state(const char* name, const ffi::AnyBuffer& x) {
+    if (!message_.empty()) return;
+    const auto dims = x.dimensions();
+    require(x.element_type() == type_ && dims.size() == (pairs_ ? 3u : 2u) && dims[0] == shape.batch && dims[1] == states_ &&
+                (!pairs_ || dims[2] == 2),
+            name, x, "(B, P), of the type of b");
+  }
+  // The cotangent of a: one a batch row, even where a is shared.
+  void multiplier_cotangent(const char* name, const ffi::AnyBuffer& da) {
+    exactly(name, da, shape.batch, shape.a_time ? shape.length : 1);
+  }
+  // (1 or B, L), or (1, 0) for none. Null where there are none.
+  const uint8_t* reset(const ffi::AnyBuffer& flags) {
+    if (!message_.empty()) return nullptr;
+    const auto dims = flags.dimensions();
+    const bool byte = flags.element_type() == ffi::PRED || flags.element_type() == ffi::U8;
+    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) && (dims[1] == shape.length || dims[1] == 0),
+            "reset", flags, "(1 or B, L) bytes, or (1, 0) for none");
+    if (!message_.empty() || dims[1] == 0) return nullptr;
+    shape.reset_batch = dims[0] == 1 ? 0 : shape.length;
+    return static_cast<const uint8_t*>(flags.untyped_data());
+  }
+
+  bool is_double() const { return type_ == ffi::F64 || type_ == ffi::C128; }
+  ffi::Error error() const { return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(message_); }
+
+  ScanShape shape{};
+
+ private:
+  bool same_kind(const char* name, const ffi::AnyBuffer& x) {
+    if (!message_.empty()) return false;
+    const auto dims = x.dimensions();
+    require(x.element_type() == type_, name, x, "the type of b");
+    require(dims.size() == (pairs_ ? 4u : 3u) && (!pairs_ || dims[3] == 2), name, x, "the rank of b");
+    return message_.empty();
+  }
+  void exactly(const char* name, const ffi::AnyBuffer& x, int64_t batch, int64_t length) {
+    if (!same_kind(name, x)) return;
+    const auto dims = x.dimensions();
+    require(dims[0] == batch && dims[1] == length && dims[2] == states_, name, x, "a shape that follows from b and a");
+  }
+  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const char* what) {
+    if (ok || !message_.empty()) return;
+    message_ = std::string("s5eqx scan: ") + name + " must be " + what + "; got " + show(x);
+  }
+
+  ffi::DataType type_;
+  bool pairs_;
+  int64_t states_ = 0;
+  std::string message_;
+};
+
+}  // namespace s5eqx

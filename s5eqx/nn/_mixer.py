@@ -1,0 +1,62 @@
+"""The law that every layer obeys: parallel, in chunks and step by step are one function."""
+
+import abc
+
+import equinox as eqx
+
+from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree
+
+
+class AbstractMixer(eqx.Module):
+    """Mixes one un-batched sequence along its length. Batch it with `jax.vmap`.
+
+    `recurrence` names the fields that parametrise the layer's recurrence. They stay in float32 (or
+    float64) whatever the compute dtype, and optimisers may give them a group of their own.
+    """
+
+    recurrence: eqx.AbstractClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "L D"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "L D"]:
+        """The whole sequence in parallel, from the empty state."""
+
+
+class AbstractCausalMixer(AbstractMixer):
+    """A mixer that runs forward in time, and can therefore stream.
+
+    For any partition of `x` into chunks, `mixer(x)`, `prefill` over the chunks with the state carried,
+    and `jax.lax.scan(mixer.step, mixer.init_state(), x)` give the same output. `reset[t]` drops the
+    state that enters step t: what follows equals a new sequence, with gradient exactly zero across.
+    """
+
+    @abc.abstractmethod
+    def init_state(self) -> PyTree[Array]:
+        """The empty state."""
+
+    @abc.abstractmethod
+    def prefill(
+        self,
+        state: PyTree[Array],
+        x: Float[Array, "L D"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[PyTree[Array], Float[Array, "L D"]]:
+        """A chunk of any length in parallel, from `state`. Returns the final state and the output."""
+
+    @abc.abstractmethod
+    def step(
+        self,
+        state: PyTree[Array],
+        x_t: Float[Array, " D"],
+        *,
+        reset: Bool[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[PyTree[Array], Float[Array, " D"]]:
+        """One step. The carry comes first and keeps its dtypes, so that it fits `jax.lax.scan`."""

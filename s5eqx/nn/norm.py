@@ -1,0 +1,21 @@
+"""Layer normalisation on rows."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+
+from s5eqx._typing import Array, Float, checked
+
+
+@checked
+def layer_norm(layer: eqx.nn.LayerNorm, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` on the last axis, with the biased variance.
+
+    `layer` only holds the weights. The statistics are at least float32; the result has the dtype of `x`.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    z = x.astype(dtype)
+    z = z - jnp.mean(z, axis=-1, keepdims=True)
+    z = z * lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + layer.eps)
+    weight, bias = (jnp.broadcast_to(p.astype(dtype), z.shape) for p in (layer.weight, layer.bias))
+    return (z * weight + bias).astype(x.dtype)

@@ -1,0 +1,10 @@
+"""Pure functions on arrays. The only floor that knows that a kernel exists."""
+
+from s5eqx.ops._backend import use_backend as use_backend
+from s5eqx.ops._native import NativeBackend as NativeBackend
+from s5eqx.ops._native import backends as backends
+from s5eqx.ops._native import show_config as show_config
+from s5eqx.ops.scan import diagonal_scan as diagonal_scan
+from s5eqx.ops.scan import diagonal_scan_pairs as diagonal_scan_pairs
+from s5eqx.ops.scan import final_state as final_state
+from s5eqx.ops.ssm import ssm as ssm

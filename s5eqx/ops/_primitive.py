@@ -1,0 +1,151 @@
+"""What the operations' JAX primitives have in common: binding, batching, lowering, derivatives by composition."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from s5eqx.ops import _native
+
+Arrays = Sequence[jax.Array]
+STATIC = ("reverse", "pairs", "backend")
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which `x` varies, inside `jax.shard_map`."""
+    aval = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def _vary_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)
+
+
+def bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax.Array]:
+    """Binds with all operands lifted to the union of their varying axes.
+
+    The lift's transpose is the sum over devices that the gradient of a replicated operand needs. Without it
+    that gradient is silently one device's share.
+    """
+    axes = [_varying_axes(x) for x in operands]
+    union = frozenset().union(*axes)
+    lifted = [
+        _vary_over(x, tuple(sorted(union - own))) if union - own else x for x, own in zip(operands, axes, strict=True)
+    ]
+    return primitive.bind(*lifted, **params)
+
+
+def new_primitive(name: str, outputs: Callable[..., list[Any]]) -> Primitive:
+    """A primitive of several results; `outputs` maps abstract operands to abstract results."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(outputs)
+    # One jit for all eager calls: a fresh one each time would compile each time.
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=STATIC))
+    return primitive
+
+
+def like(aval: Any, shape: tuple[int, ...]) -> Any:
+    """The abstract value of a result: `aval` with another shape, varying over the same mesh axes."""
+    return aval.update(shape=shape, weak_type=False)
+
+
+def wanted(operands: Sequence[Any], cotangents: Arrays) -> list[jax.Array | None]:
+    """The cotangents of those operands that are being transposed."""
+    return [ct if ad.is_undefined_primal(x) else None for x, ct in zip(operands, cotangents, strict=True)]
+
+
+def lower_plainly(primitive: Primitive, implementation: Callable[..., Arrays]) -> None:
+    """Runs `implementation`, a function of primitives that have lowerings of their own, on every platform."""
+    mlir.register_lowering(primitive, mlir.lower_fun(implementation, multiple_results=True))
+
+
+def lower_natively(
+    primitive: Primitive, target: str, *, on_cpu: Callable[..., Arrays], elsewhere: Callable[..., Arrays]
+) -> None:
+    """Calls the FFI `target` on every platform whose kernels are live, and runs plain JAX on the others.
+
+    `on_cpu` is the plain form for XLA's CPU backend, `elsewhere` the one for any other.
+    """
+
+    def rule_for(platform, plain):
+        def rule(ctx, *operands, backend, **attributes):
+            live = platform is not None and _native.is_live(platform)
+            if backend == "jax" or (backend == "auto" and not live):
+                lowering = mlir.lower_fun(plain, multiple_results=True)
+                return lowering(ctx, *operands, backend=backend, **attributes)
+            if not live:
+                why = [b.detail for b in _native.backends() if b.platform == platform] or ["there are none"]
+                raise RuntimeError(
+                    f"The native kernels are not live on {' or '.join(ctx.module_context.platforms)} ({why[0]}), and "
+                    'use_backend("native") asks for them. Use "auto" to fall back on plain JAX.'
+                )
+            return jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)
+
+        return rule
+
+    mlir.register_lowering(primitive, rule_for(None, elsewhere))
+    mlir.register_lowering(primitive, rule_for("cpu", on_cpu), platform="cpu")
+    if _native.is_live("cuda"):
+        mlir.register_lowering(primitive, rule_for("cuda", elsewhere), platform="cuda")
+
+
+def differentiate_by(primitive: Primitive, composition: Callable[..., Arrays]) -> None:
+    """Gives `primitive` the derivative of `composition`, an equal function made of differentiable pieces."""
+
+    def jvp(primals, tangents, **params):
+        outputs = bind(primitive, *primals, **params)
+        tangents = [ad.instantiate_zeros(t) for t in tangents]
+        _, output_tangents = jax.jvp(partial(composition, **params), tuple(primals), tuple(tangents))
+        return outputs, list(output_tangents)
+
+    ad.primitive_jvps[primitive] = jvp
+
+
+def map_reference(primitive: Primitive, reference: Callable[..., Arrays]) -> None:
+    """Batches by mapping `reference`, an equal function made of pieces that have batching rules."""
+
+    batching.primitive_batchers[primitive] = partial(_mapped, reference)
+
+
+def _mapped(reference, operands, dims, **params):
+    axes = tuple(dims)
+    outputs = jax.vmap(partial(reference, **params), in_axes=axes)(*operands)
+    return outputs, [0] * len(outputs)
+
+
+def fold_batches(
+    primitive: Primitive,
+    *,
+    batched: int,
+    shareable: Sequence[int] = (),
+    unbatched: Sequence[int] = (),
+    reference: Callable[..., Arrays] | None = None,
+) -> None:
+    """Batches by folding the mapped axis into the leading axis, so that a vmap costs no extra kernel.
+
+    Operand `batched` has the full batch. Operands in `shareable` may lead with 1 instead, and stay so where they are not
+    mapped. Operands in `unbatched` have no batch axis: where one of them is mapped, `reference` is mapped instead.
+    """
+    def rule(operands, dims, **params):
+        mapped = [d is not None for d in dims]
+        if any(mapped[i] for i in unbatched):
+            return _mapped(reference, operands, dims, **params)
+        operands = [jnp.moveaxis(x, d, 0) if m else x for x, d, m in zip(operands, dims, mapped, strict=True)]
+        size = operands[mapped.index(True)].shape[0]
+        rows = operands[batched].shape[1 if mapped[batched] else 0]
+
+        def fold(i, x):
+            if i in unbatched or (i in shareable and not mapped[i] and x.shape[0] == 1):
+                return x
+            x = x if mapped[i] else x[None]
+            return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(size * rows, *x.shape[2:])
+
+        outputs = bind(primitive, *(fold(i, x) for i, x in enumerate(operands)), **params)
+        return [y.reshape(size, rows, *y.shape[1:]) for y in outputs], [0] * len(outputs)
+
+    batching.primitive_batchers[primitive] = rule

@@ -1,0 +1,157 @@
+"""Parameter groups: which leaves decay, and which learn at a rate of their own.
+
+A policy asks the modules which leaves are which, so that a renamed field or a new layer cannot fall
+silently into the wrong group. It builds an ordinary optax transformation for the model's trainable leaves:
+
+    optimiser = policy.optimiser(model)
+    opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+"""
+
+import abc
+import dataclasses
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import optax
+
+from s5eqx._typing import PyTree
+from s5eqx.nn import S5, BidirectionalS5, recurrence_mask
+from s5eqx.train.schedule import AbstractSchedule
+
+
+class Group(NamedTuple):
+    """The settings of one group: peak learning rate a step, and weight decay."""
+
+    lr: float
+    weight_decay: float
+
+
+class AbstractGroups(abc.ABC):
+    """A policy: named groups, and a label for every trainable leaf of a model."""
+
+    schedule: AbstractSchedule
+    b1: float
+    b2: float
+    clip_norm: float | None
+
+    @property
+    @abc.abstractmethod
+    def groups(self) -> dict[str, Group]:
+        """The groups by name."""
+
+    @abc.abstractmethod
+    def labels(self, model: eqx.Module) -> PyTree[str]:
+        """The name of its group at each trainable leaf of `model`; other leaves are `None`."""
+
+    def optimiser(self, model: eqx.Module) -> optax.GradientTransformation:
+        """AdamW for each group, after clipping the norm of the whole gradient if asked.
+
+        Complex leaves are refused: JAX gives the conjugate of their descent direction and optax does not
+        turn it round.
+        """
+        labels = self.labels(model)
+        for path, leaf in jax.tree.leaves_with_path(eqx.filter(model, eqx.is_inexact_array)):
+            if jax.numpy.iscomplexobj(leaf):
+                raise ValueError(
+                    f"trainable leaves must be real, but {jax.tree_util.keystr(path)} is {leaf.dtype}: "
+                    f"store its real and imaginary parts"
+                )
+        adamw = {
+            name: optax.adamw(self.schedule(group.lr), self.b1, self.b2, weight_decay=group.weight_decay)
+            for name, group in self.groups.items()
+        }
+        # As a function: optax would call the tree of labels itself, since a module is callable.
+        grouped = optax.partition(adamw, lambda _: labels)
+        if self.clip_norm is None:
+            return grouped
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), grouped)
+
+    def learning_rates(self, step) -> dict[str, float]:
+        """The rate of each group at a step, counted from 0."""
+        return {name: self.schedule(group.lr)(step) for name, group in self.groups.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class DefaultGroups(AbstractGroups):
+    """The library's groups: weight decay on matrices only, and none on any part of a recurrence.
+
+    `recurrence` holds the leaves that the modules name in their `recurrence`; `vectors` the norms, biases
+    and other vectors; `matrices` the rest, embeddings included. Only `matrices` decays.
+
+    **Arguments:**
+
+    - `lr`: peak learning rate.
+    - `schedule`: the shape of the learning rate, common to all groups.
+    - `recurrence_lr`: peak learning rate of the recurrence; `None` for `lr`.
+    - `weight_decay`: what a step takes off a weight, as a fraction of it, is this times the rate.
+    - `b1`, `b2`: decay rates of AdamW's moments.
+    - `clip_norm`: longest gradient that passes unscaled; `None` for no clipping.
+    """
+
+    lr: float
+    schedule: AbstractSchedule
+    recurrence_lr: float | None = None
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float | None = None
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        recurrence_lr = self.lr if self.recurrence_lr is None else self.recurrence_lr
+        return {
+            "matrices": Group(self.lr, self.weight_decay),
+            "vectors": Group(self.lr, 0.0),
+            "recurrence": Group(recurrence_lr, 0.0),
+        }
+
+    def labels(self, model: eqx.Module) -> PyTree[str]:
+        def label(recurrent, leaf):
+            if recurrent:
+                return "recurrence"
+            return "matrices" if leaf.ndim >= 2 else "vectors"
+
+        params = eqx.filter(model, eqx.is_inexact_array)
+        return jax.tree.map(label, recurrence_mask(params), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedGroups(AbstractGroups):
+    """The groups of the S5 branch: `B` and `Lambda` of the S5 layers, and all the rest.
+
+    `ssm` holds exactly `B`, `Lambda_re` and `Lambda_im`. All the rest decays: `C`, `D`, `log_Delta`,
+    biases, norms and embeddings too.
+
+    Source: lindermanlab/S5, branch `development`. The arguments are those of `DefaultGroups`.
+    """
+
+    lr: float
+    ssm_lr: float
+    schedule: AbstractSchedule
+    weight_decay: float = 0.1
+    ssm_weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float | None = None
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        return {
+            "rest": Group(self.lr, self.weight_decay),
+            "ssm": Group(self.ssm_lr, self.ssm_weight_decay),
+        }
+
+    def labels(self, model: eqx.Module) -> PyTree[str]:
+        def is_s5(node):
+            return isinstance(node, S5 | BidirectionalS5)
+
+        def label(node):
+            if not is_s5(node):
+                return "rest"
+            ssm = ("B", "Lambda_re", "Lambda_im")
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: "ssm" if path[0].name in ssm else "rest", node
+            )
+
+        return jax.tree.map(label, eqx.filter(model, eqx.is_inexact_array), is_leaf=is_s5)

@@ -1,0 +1,140 @@
+"""The folder of a run: fresh unless named, and never shared by two runs."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+SETTINGS = "settings.json"
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run: its folder, what it was started with, and whether it continues."""
+
+    folder: Path
+    settings: dict
+    versions: dict
+    resumed: bool
+
+
+def open_run(
+    settings: Mapping[str, object],
+    *,
+    folder: Path | None = None,
+    parent: Path = Path("runs"),
+    stem: str = "run",
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """Makes the folder of a run, or opens it again, and writes `settings.json` into it.
+
+    **Arguments:**
+
+    - `settings`: all that decides what the run computes, fit for JSON, nested as you like.
+    - `folder`: the run's folder. `None`: a fresh one, `<parent>/<stem>-<date>-<time>`.
+    - `resume`: continue the run in `folder`, whose settings must be the same.
+    - `overwrite`: delete the run in `folder` first.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    if resume and overwrite:
+        raise ValueError("resume continues a run and overwrite deletes it: choose one")
+    if folder is None:
+        if resume or overwrite:
+            raise ValueError("resume and overwrite are about a run that exists: name its folder")
+        return _create(_fresh(Path(parent), stem), settings)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the run's folder {folder} is a file; name another")
+    holds_run = (folder / SETTINGS).is_file()
+    if resume:
+        return _resume(folder, settings, holds_run)
+    if holds_run and not overwrite:
+        raise ValueError(
+            f"{folder} holds another run; continue it with resume, delete it with overwrite, or name another folder"
+        )
+    if holds_run:
+        shutil.rmtree(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not of a run; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return _create(folder, settings)
+
+
+def versions() -> dict[str, str]:
+    """The versions and the device that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    return {"python": platform.python_version(), **found, "device": f"{device.platform} {device.device_kind}"}
+
+
+def commit() -> str | None:
+    """The commit of the source tree that holds this file, marked if changed; `None` outside of one."""
+    where = Path(__file__).parent
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, check=True)
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", __file__)
+        name = git("rev-parse", "HEAD").stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{name}-dirty" if changed else name if tracked else None
+
+
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings with dotted names."""
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _fresh(parent: Path, stem: str) -> Path:
+    """A folder that this call has made: of two runs that start in one second each gets its own."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name = f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+def _create(folder: Path, settings: dict) -> Run:
+    run = Run(folder, settings, versions(), resumed=False)
+    page = json.dumps({"settings": settings, "versions": run.versions}, indent=2)
+    part = folder / f"{SETTINGS}.part"
+    part.write_text(page + "\n")
+    os.replace(part, folder / SETTINGS)
+    return run
+
+
+def _resume(folder: Path, settings: dict, holds_run: bool) -> Run:
+    if not holds_run:
+        raise ValueError(f"{folder} holds no run to resume: it has no {SETTINGS}")
+    before, now = flat(json.loads((folder / SETTINGS).read_text())["settings"]), flat(settings)
+    for name in [*now, *before]:
+        if before.get(name, "absent") != now.get(name, "absent"):
+            raise ValueError(
+                f"a run resumes with its own settings, but {name} was {before.get(name, 'absent')!r} and is now "
+                f"{now.get(name, 'absent')!r}; pass the settings in {folder / SETTINGS}, or start a new run"
+            )
+    return Run(folder, settings, versions(), resumed=True)

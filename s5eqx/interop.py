@@ -1,17 +1,18 @@
 """Weights of the S5 branch, into our modules and back.
 
 Parameters are a flat mapping of slash-joined Flax paths to arrays, such as
-`backbone/layers_0/mixer_cls/filter_fn_0/Lambda_re`, without a prefix `param/` or `params/`. A configuration is the
-dictionary of options that the reference was built from.
+`backbone/layers_0/mixer_cls/filter_fn_0/Lambda_re`, without a prefix `param/` or `params/`. A configuration
+is the dictionary of options that the reference was built from.
 
 Source: lindermanlab/S5, branch `development` (S5 and the Hyena-S5 language model).
 
 Differs from the reference: `C` is a real (D, P, 2) array of (re, im) pairs. The branch makes it complex where
-`C_init` is `complex_normal` and then sums C[..., 0] + i C[..., 1]; we read such an array as the pairs of that sum.
+`C_init` is `complex_normal`, and then sums C[..., 0] + i C[..., 1]. Such an array is read as the pairs of
+that sum.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -19,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from s5eqx._typing import Array, Inexact, checked
+from s5eqx._typing import Array, Inexact, Shaped, checked
 from s5eqx.models import LanguageModel
 from s5eqx.nn import MLP, S5, Block, FullGLU, Gelu, HalfGLU1, HalfGLU2, Hyena, MixerBank, ShortConv
+
+Params = Mapping[str, Shaped[Array, "..."]]
 
 _FILTER_ACTIVATIONS = {
     "gelu": lambda width, *, key: Gelu(),
@@ -33,7 +36,7 @@ _OPERATOR_ACTIVATIONS = {"id": eqx.nn.Identity(), "gelu": eqx.nn.Lambda(jax.nn.g
 
 
 @checked
-def from_s5(params: Mapping[str, Any], config: Mapping[str, Any]) -> LanguageModel:
+def from_s5(params: Params, config: Mapping[str, Any]) -> LanguageModel:
     """The Hyena-S5 language model that holds `params`.
 
     **Arguments:**
@@ -42,14 +45,14 @@ def from_s5(params: Mapping[str, Any], config: Mapping[str, Any]) -> LanguageMod
     - `config`: `vocab_size`, `d_model`, `n_layer`, `d_inner` (by default four times `d_model`), `layer`,
         `layer_kwargs` and `seq_model_kwargs`.
 
-    **Raises:** `ValueError` for an option that is not offered here, and for an array that is missing, left over, or
-    of another shape than `config` asks for.
+    **Raises:** `ValueError` for an option that is not offered here, and for an array that is missing, left
+    over, or of another shape than `config` asks for.
     """
     layer, vocab_size, width, depth = _read("config", config, "layer", "vocab_size", "d_model", "n_layer")
     _choose("layer", layer, {"S5_operator": Hyena})
     options = config.get("seq_model_kwargs", {})
     known = ("max_position_embeddings", "resid_dropout", "embed_dropout", "layer_norm_epsilon")
-    _refuse("seq_model_kwargs", options, known)
+    _refuse("seq_model_kwargs", options, known, {})
     skeleton = eqx.filter_eval_shape(
         LanguageModel,
         vocab_size,
@@ -68,14 +71,15 @@ def from_s5(params: Mapping[str, Any], config: Mapping[str, Any]) -> LanguageMod
 
 
 @checked
-def layer_from_s5(kind: str, params: Mapping[str, Any], config: Mapping[str, Any]) -> S5 | Hyena:
+def layer_from_s5(kind: str, params: Params, config: Mapping[str, Any]) -> S5 | Hyena:
     """The single layer that holds `params`. It acts on one example: `jax.vmap(layer)(u)` on a batch.
 
     **Arguments:**
 
-    - `kind`: `"ssm"` for `S5`, which reads `d_model`, `ssm_size`, `blocks` and `ssm_args` of `config`;
-        `"s5_operator"` for `Hyena` over S5 filters, which reads `d_model` and `layer_kwargs`.
+    - `kind`: `"ssm"` for `S5`, or `"s5_operator"` for `Hyena` over S5 filters.
     - `params`: NumPy or JAX arrays by path. The layer keeps their dtypes.
+    - `config`: `d_model`, and `ssm_size`, `blocks`, `ssm_args` for an `"ssm"`, or `layer_kwargs` for an
+        `"s5_operator"`.
 
     **Raises:** `ValueError` as `from_s5` does.
     """
@@ -102,16 +106,12 @@ def _ssm(config, key):
 
 def _operator(config, key):
     width, options = _read("config", config, "d_model", "layer_kwargs")
-    state_size, num_blocks, args = _read("layer_kwargs", options, "ssm_size", "ssm_blocks", "filter_args")
-    known = ("ssm_size", "ssm_blocks", "filter_args", "order", "short_filter_order", "activation_type", "drop_rate")
-    only = {
-        "filter_cls": "hyena_S5",
-        "inner_factor": 1,
-        "num_heads": 1,
-        "outer_mixing": False,
-        "post_order_ffn": False,
-    }
-    _refuse("layer_kwargs", options, known, only)
+    required = ("ssm_size", "ssm_blocks", "filter_args")
+    optional = ("order", "short_filter_order", "activation_type", "drop_rate")
+    only = {"filter_cls": "hyena_S5", "inner_factor": 1, "num_heads": 1}
+    only |= {"outer_mixing": False, "post_order_ffn": False}
+    _refuse("layer_kwargs", options, required + optional, only)
+    state_size, num_blocks, args = _read("layer_kwargs", options, *required)
     order = options.get("order", 2)
     key, *keys = jr.split(key, max(order, 1))
     bank = MixerBank(tuple(_filter("filter_args", args, width, state_size, num_blocks, k) for k in keys))
@@ -127,9 +127,10 @@ def _operator(config, key):
 
 
 def _filter(section, args, width, state_size, num_blocks, key):
-    name, conj_sym, clip_eigs = _read(section, args, "activation", "conj_sym", "clip_eigs")
-    drawing = ("C_init", "dt_min", "dt_max")  # they shape the first draw only, which the weights replace
-    _refuse(section, args, ("activation", "conj_sym", "clip_eigs", *drawing))
+    required = ("activation", "conj_sym", "clip_eigs")
+    drawing = ("C_init", "dt_min", "dt_max")  # of the first draw only, which the weights replace
+    _refuse(section, args, required + drawing, {})
+    name, conj_sym, clip_eigs = _read(section, args, *required)
     activation = _choose(f"{section}/activation", name, _FILTER_ACTIVATIONS)
     key, activation_key = jr.split(key)
     return S5(
@@ -148,22 +149,21 @@ def _norms(model):
 
 
 def _read(section, options, *names):
-    missing = [name for name in names if name not in options]
+    missing = ", ".join(name for name in names if name not in options)
     if missing:
-        raise ValueError(f"{section} must give {', '.join(missing)}; it gives {', '.join(options) or 'nothing'}.")
+        raise ValueError(f"{section} must give {missing}; it gives {', '.join(options) or 'nothing'}.")
     return tuple(options[name] for name in names)
 
 
-def _refuse(section, options, known, only=()):
+def _refuse(section, options, known, only):
     """Refuses what is neither known nor, for the names of `only`, the one value that is offered here."""
     for name, value in options.items():
-        if name in only:
-            if value != only[name]:
-                raise ValueError(f"{section}/{name} must be {only[name]!r}, all that is offered here; got {value!r}.")
-        elif name not in known:
+        if name in only and value != only[name]:
+            raise ValueError(f"{section}/{name} must be {only[name]!r}, the only one offered; got {value!r}.")
+        if name not in only and name not in known:
             raise ValueError(
-                f"{section} must hold only options known here ({', '.join((*known, *only))}); got {name}={value!r}. "
-                "Remove it if it does not change the model."
+                f"{section} must hold options out of {', '.join((*known, *only))}; got {name}={value!r}. "
+                "Leave it out if it does not change the model."
             )
 
 
@@ -195,8 +195,8 @@ def _pairs(z):
 
 
 @functools.singledispatch
-def _arrays(module):
-    """Yields (path, leaf, layout) for every array of a module."""
+def _arrays(module: Any) -> Iterator[tuple[str, Any, _Layout]]:
+    """Path, leaf and layout of every array of a module."""
     raise ValueError(f"The S5 branch has no names for a {type(module).__name__}; it knows S5 and Hyena-S5.")
 
 
@@ -285,10 +285,10 @@ def _(model: LanguageModel):
 
 
 def _fill(skeleton, params):
-    """`skeleton` with every abstract leaf replaced by its array, each array used exactly once."""
-    table = {path: (jax.eval_shape(layout.save, leaf).shape, layout) for path, leaf, layout in _arrays(skeleton)}
-    missing = [f"{path} of shape {shape}" for path, (shape, _) in table.items() if path not in params]
-    left_over = [f"{path} of shape {jnp.shape(params[path])}" for path in params if path not in table]
+    """`skeleton` with an array for every abstract leaf. Each array is used exactly once."""
+    expected = {path: (jax.eval_shape(layout.save, leaf), layout) for path, leaf, layout in _arrays(skeleton)}
+    missing = [f"{path} of shape {leaf.shape}" for path, (leaf, _) in expected.items() if path not in params]
+    left_over = [f"{path} of shape {params[path].shape}" for path in params if path not in expected]
     if missing or left_over:
         raise ValueError(
             "The parameters must be exactly those that the configuration asks for.\n"
@@ -296,19 +296,19 @@ def _fill(skeleton, params):
             f"  left over: {', '.join(left_over) or 'none'}\n"
             "Check the configuration, and that the paths carry no prefix such as `param/`."
         )
-    leaves = [_load(path, params[path], *table[path]) for path in table]
-    return eqx.tree_at(lambda m: [leaf for _, leaf, _ in _arrays(m)], skeleton, leaves)
+    arrays = [_load(path, params[path], leaf.shape, layout) for path, (leaf, layout) in expected.items()]
+    return eqx.tree_at(lambda module: [leaf for _, leaf, _ in _arrays(module)], skeleton, arrays)
 
 
-def _load(path, value, shape, layout):
-    array = jnp.asarray(value)
-    if array.shape != shape:
-        raise ValueError(f"{path} must have shape {shape}, which follows from the configuration; got {array.shape}.")
-    if not jnp.issubdtype(array.dtype, jnp.inexact if layout is _PAIRS else jnp.floating):
-        raise ValueError(f"{path} must hold floating-point numbers; got {array.dtype}.")
-    if array.dtype != value.dtype:
+def _load(path, given, shape, layout):
+    if given.shape != shape:
+        raise ValueError(f"{path} must have shape {shape} by the configuration; got {given.shape}.")
+    if not jnp.issubdtype(given.dtype, jnp.inexact if layout is _PAIRS else jnp.floating):
+        raise ValueError(f"{path} must be of floats (C may be complex); got {given.dtype}.")
+    array = jnp.asarray(given)
+    if array.dtype != given.dtype:
         raise ValueError(
-            f"{path} must keep its dtype, {value.dtype}, but JAX holds it as {array.dtype}. "
+            f"{path} must keep its dtype, {given.dtype}, but JAX would make it {array.dtype}. "
             "Set jax_enable_x64, or cast the parameters first."
         )
     return layout.load(array)

@@ -62,13 +62,10 @@ class AssocRecall(AbstractTask):
             )
         if self.length < 2:
             raise ValueError(
-                f"a list of pairs needs at least one pair: length must be at least 2 tokens, "
-                f"got {self.length}"
+                f"a list of pairs needs at least one pair: length must be at least 2 tokens, got {self.length}"
             )
         if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(
-                f"num_examples must be at least 1, or None for endless data, got {self.num_examples}"
-            )
+            raise ValueError(f"num_examples must be at least 1, or None for endless data, got {self.num_examples}")
         if self.num_test < 1:
             raise ValueError(f"num_test must be at least 1, got {self.num_test}")
         if not self._distinct_rows_exceed(self.num_test):
@@ -101,12 +98,14 @@ class AssocRecall(AbstractTask):
         vocabulary = self.vocabulary
         return [vocabulary[int(i)] for i in ids]
 
+    @functools.partial(jax.jit, static_argnums=0)
     @checked
     def train(self, indices: Int[Array, " B"]) -> Batch:
         rows, fresh = jax.vmap(self._train_row)(indices)
         weights = jnp.broadcast_to(fresh[:, None], rows[:, 1:].shape)
         return Batch(rows[:, :-1], rows[:, 1:], weights.astype(jnp.float32))
 
+    @functools.partial(jax.jit, static_argnums=0)
     @checked
     def test(self, indices: Int[Array, " B"]) -> Batch:
         numbers = jnp.asarray(self._test_set[0])[indices]
@@ -134,7 +133,8 @@ class AssocRecall(AbstractTask):
         bits = jr.bits(key, (K + self.length // 2 + 1,), dtype=jnp.uint32)
         value_of = 1 + K + _below(self.num_values, bits[:K])
         keys = _below(K, bits[K:-1])
-        seen = jnp.cumsum(jnp.any(keys[:, None] == jnp.arange(K)[None, :], axis=0), dtype=jnp.int32)
+        every_key = jnp.arange(K, dtype=jnp.int32)
+        seen = jnp.cumsum(jnp.any(keys[:, None] == every_key[None, :], axis=0), dtype=jnp.int32)
         query = jnp.argmax(seen > _below(seen[-1], bits[-1]))
         pairs = jnp.stack([1 + keys, value_of[keys]], axis=1).reshape(-1)
         end = jnp.stack([jnp.int32(V - 1), 1 + query.astype(jnp.int32), value_of[query]])

@@ -22,7 +22,8 @@ def permuted(index: Int[Array, ""], size: int, *, key: PRNGKeyArray) -> Int[Arra
     """
     bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = jnp.uint32((1 << bits) - 1)
-    salts = jr.bits(key, (ROUNDS,), dtype=jnp.uint32)
+    low, high = jr.key_data(key)[0], jr.key_data(key)[-1]
+    salts = mix(low ^ mix(high + jnp.arange(ROUNDS, dtype=jnp.uint32)))
 
     def network(x):
         left, right = x >> bits, x & mask

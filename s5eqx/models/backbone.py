@@ -25,8 +25,7 @@ class Backbone(AbstractCausalMixer):
         for i, block in enumerate(blocks):
             if block.mlp.fc1.in_features != width:
                 raise ValueError(
-                    f"Every block must have the backbone's width {width}; block {i} has "
-                    f"{block.mlp.fc1.in_features}."
+                    f"Every block must have the backbone's width {width}; block {i} has {block.mlp.fc1.in_features}."
                 )
         self.blocks = tuple(blocks)
         self.norm = eqx.nn.LayerNorm(width)

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+from jax.typing import DTypeLike
 
 from s5eqx.nn._mixer import AbstractCausalMixer
 
@@ -15,7 +16,7 @@ def check_causal(mixer: object, name: str) -> None:
         )
 
 
-def check_width(mixer: AbstractCausalMixer, width: int, dtype: jax.numpy.dtype, name: str) -> None:
+def check_width(mixer: AbstractCausalMixer, width: int, dtype: DTypeLike, name: str) -> None:
     """Refuses a mixer that does not map (width,) to (width,). Shapes only: nothing is computed."""
     mixer = eqx.nn.inference_mode(mixer)
     x_t = jax.ShapeDtypeStruct((width,), dtype)
@@ -23,8 +24,8 @@ def check_width(mixer: AbstractCausalMixer, width: int, dtype: jax.numpy.dtype, 
         y_t = jax.eval_shape(lambda x_t: mixer.step(mixer.init_state(), x_t)[1], x_t)
     except Exception as error:
         raise ValueError(
-            f"{name} must map width {width} to width {width}, but {type(mixer).__name__} refuses such an input. "
-            "Build it with that width."
+            f"{name} must map width {width} to width {width}, but {type(mixer).__name__} refuses such an "
+            "input. Build it with that width."
         ) from error
     if y_t.shape != (width,):
         raise ValueError(

@@ -2,14 +2,14 @@
 
 import math
 
-import jax.numpy as jnp
 import jax.random as jr
+from jax.typing import DTypeLike
 
 from s5eqx._typing import Array, Float, PRNGKeyArray
 
 
 def truncated_normal(
-    key: PRNGKeyArray, shape: tuple[int, ...], variance: float, dtype: jnp.dtype
+    key: PRNGKeyArray, shape: tuple[int, ...], variance: float, dtype: DTypeLike
 ) -> Float[Array, "..."]:
     """Normals cut at two standard deviations, scaled to `variance` after the cut."""
     std_of_cut = 0.87962566103423978

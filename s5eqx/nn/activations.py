@@ -22,9 +22,7 @@ class Gelu(eqx.Module):
     """The exact GELU, `y Phi(y)` with the normal distribution function `Phi`."""
 
     @checked
-    def __call__(
-        self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*rows D"]:
+    def __call__(self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*rows D"]:
         return _gelu(y)
 
 
@@ -37,9 +35,7 @@ class HalfGLU1(eqx.Module):
         self.out2 = eqx.nn.Linear(width, width, key=key)
 
     @checked
-    def __call__(
-        self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*rows D"]:
+    def __call__(self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*rows D"]:
         g = _gelu(y)
         return g * jax.nn.sigmoid(linear(self.out2, g))
 
@@ -53,9 +49,7 @@ class HalfGLU2(eqx.Module):
         self.out2 = eqx.nn.Linear(width, width, key=key)
 
     @checked
-    def __call__(
-        self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*rows D"]:
+    def __call__(self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*rows D"]:
         return y * jax.nn.sigmoid(linear(self.out2, _gelu(y)))
 
 
@@ -71,9 +65,7 @@ class FullGLU(eqx.Module):
         self.out2 = eqx.nn.Linear(width, width, key=key2)
 
     @checked
-    def __call__(
-        self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*rows D"]:
+    def __call__(self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*rows D"]:
         g = _gelu(y)
         return linear(self.out1, g) * jax.nn.sigmoid(linear(self.out2, g))
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+from jax.typing import DTypeLike
 
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
@@ -22,8 +23,8 @@ class BidirectionalS5(AbstractMixer):
         y[t] = f Re(C x[t] + C_backward z[t]) + D u[t]
 
     followed by `activation(y)`. `[C, C_backward]` is the output matrix with 2P columns of the paper's code.
-    It is no causal mixer: it has no state and no step. In a packed sequence `reset[t]` separates t-1 from t in
-    both directions.
+    It is no causal mixer: it has no state and no step. In a packed sequence `reset[t]` separates t-1 from
+    t in both directions.
 
     Source: Smith et al., "S5" (arXiv 2208.04933), and the `main` branch of its code.
     """
@@ -47,7 +48,7 @@ class BidirectionalS5(AbstractMixer):
         clip_eigs: bool = True,
         step_rescale: float = 1.0,
         activation: Callable = eqx.nn.Identity(),
-        dtype: jnp.dtype | None = None,
+        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         """**Arguments:** those of `S5`."""
@@ -78,9 +79,7 @@ class BidirectionalS5(AbstractMixer):
         reset: Bool[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "L D"]:
-        backward = eqx.tree_at(
-            lambda s5: (s5.C, s5.D), self.forward, (self.C_backward, jnp.zeros_like(self.forward.D))
-        )
+        backward = eqx.tree_at(lambda s5: (s5.C, s5.D), self.forward, (self.C_backward, jnp.zeros_like(self.forward.D)))
         # Backward in time the flag of t+1 drops what enters t. The one that wraps round drops an empty state.
         flipped = None if reset is None else jnp.roll(reset[::-1], 1)
         y = _linear(self.forward, x, reset) + _linear(backward, x[::-1], flipped)[::-1]

@@ -35,11 +35,9 @@ class Block(AbstractCausalMixer):
     dropout: eqx.nn.Dropout
     drop_path: StochasticDepth
 
-    def __init__(
-        self, mixer: AbstractCausalMixer, mlp: MLP, *, dropout: float = 0.0, drop_path: float = 0.0
-    ):
-        """**Arguments:** `mixer` and `mlp` of one width; `dropout`, the probability to drop an entry of a branch;
-        `drop_path`, the probability to drop a branch.
+    def __init__(self, mixer: AbstractCausalMixer, mlp: MLP, *, dropout: float = 0.0, drop_path: float = 0.0):
+        """**Arguments:** `mixer` and `mlp` of one width; `dropout`, the probability to drop an entry of a
+        branch; `drop_path`, the probability to drop a branch.
         """
         width = mlp.fc1.in_features
         check_causal(mixer, "mixer")

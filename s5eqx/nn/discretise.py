@@ -1,4 +1,4 @@
-"""From continuous to discrete time: `x' = Lambda x + B u` becomes `x[t] = Lambda_bar x[t-1] + gain B u[t]`."""
+"""From continuous to discrete time: `dx/dt = Lambda x + B u` to `x[t] = Lambda_bar x[t-1] + B_bar u[t]`."""
 
 import abc
 

@@ -83,11 +83,9 @@ class Hyena(AbstractCausalMixer):
         - `dropout`: the probability to drop an entry of a product before its operator.
         """
         if width < 1 or short_filter < 0:
-            raise ValueError(
-                f"width must be positive and short_filter at least 0; got {width} and {short_filter}."
-            )
+            raise ValueError(f"width must be positive and short_filter at least 0; got {width} and {short_filter}.")
         if order < 2:
-            raise ValueError(f"order must be at least 2, one gate before the operator and one after; got {order}.")
+            raise ValueError(f"order must be at least 2, a gate before the operator and one after; got {order}.")
         in_key, conv_key, out_key = jr.split(key, 3)
         self.in_proj = eqx.nn.Linear(width, (order + 1) * width, key=in_key)
         self.short_conv = ShortConv((order + 1) * width, short_filter, key=conv_key) if short_filter else None
@@ -184,7 +182,7 @@ def hyena_s5(
     Source: the `development` branch of the S5 code.
     """
     if order < 2:
-        raise ValueError(f"order must be at least 2, one gate before the operator and one after; got {order}.")
+        raise ValueError(f"order must be at least 2: a gate before the operator, one after; got {order}.")
     layer_key, *operator_keys = jr.split(key, order)
     operators = []
     for operator_key in operator_keys:

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from s5eqx._typing import Array, Float, checked
@@ -13,7 +14,7 @@ def layer_norm(layer: eqx.nn.LayerNorm, x: Float[Array, "*rows D"]) -> Float[Arr
 
     `layer` only holds the weights. The statistics are at least float32; the result has the dtype of `x`.
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = np.promote_types(x.dtype, np.float32)
     z = x.astype(dtype)
     z = z - jnp.mean(z, axis=-1, keepdims=True)
     z = z * lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + layer.eps)

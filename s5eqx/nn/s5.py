@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
+from jax.typing import DTypeLike
 
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
@@ -63,7 +64,7 @@ class S5(AbstractCausalMixer):
         clip_eigs: bool = True,
         step_rescale: float = 1.0,
         activation: Callable = eqx.nn.Identity(),
-        dtype: jnp.dtype | None = None,
+        dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -84,8 +85,7 @@ class S5(AbstractCausalMixer):
             raise ValueError(f"width must be positive; got {width}.")
         if not 0 < dt_min <= dt_max:
             raise ValueError(
-                f"The bounds of the time step must satisfy 0 < dt_min <= dt_max; got dt_min={dt_min}, "
-                f"dt_max={dt_max}."
+                f"The bounds of the time step must satisfy 0 < dt_min <= dt_max; got dt_min={dt_min}, dt_max={dt_max}."
             )
         if not step_rescale > 0:
             raise ValueError(f"step_rescale multiplies the time step and must be positive; got {step_rescale}.")

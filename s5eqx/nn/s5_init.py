@@ -7,6 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Complex128
 
 from s5eqx._typing import Array, Float, PRNGKeyArray, checked
@@ -18,7 +19,7 @@ class AbstractCInit(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: jnp.dtype, key: PRNGKeyArray
+        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         """`C` in the basis of the eigenvectors `V`, as pairs (re, im). `N` real states; `P` kept."""
 
@@ -28,7 +29,7 @@ class TruncatedNormal(AbstractCInit):
 
     @checked
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: jnp.dtype, key: PRNGKeyArray
+        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         return _in_eigenbasis(key, V, width, 1 / len(V), dtype)
 
@@ -38,7 +39,7 @@ class LecunNormal(AbstractCInit):
 
     @checked
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: jnp.dtype, key: PRNGKeyArray
+        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         return _in_eigenbasis(key, V, width, 1 / (len(V) * width), dtype)
 
@@ -52,13 +53,13 @@ class ComplexNormal(AbstractCInit):
 
     @checked
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: jnp.dtype, key: PRNGKeyArray
+        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         return math.sqrt(0.5) * jr.normal(key, (width, V.shape[1], 2), dtype)
 
 
 def init_B(
-    Vinv: Complex128[np.ndarray, "P N"], width: int, *, dtype: jnp.dtype, key: PRNGKeyArray
+    Vinv: Complex128[np.ndarray, "P N"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
 ) -> Float[Array, "P D 2"]:
     """A real matrix `(N, D)` of truncated normals with variance `1 / N`, in the basis of the eigenvectors."""
     B = truncated_normal(key, (Vinv.shape[1], width), 1 / Vinv.shape[1], dtype)

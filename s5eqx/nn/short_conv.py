@@ -27,13 +27,11 @@ class ShortConv(AbstractCausalMixer):
     bias: Float[Array, " D"]
 
     def __init__(self, width: int, kernel_size: int, *, key: PRNGKeyArray):
-        """**Arguments:** `width` channels; `kernel_size >= 1` taps, in samples. The taps are drawn as truncated
-        normals of variance `1 / kernel_size`; the bias is zero.
+        """**Arguments:** `width` channels; `kernel_size >= 1` taps, in samples. The taps are drawn as
+        truncated normals of variance `1 / kernel_size`; the bias is zero.
         """
         if width < 1 or kernel_size < 1:
-            raise ValueError(
-                f"width and kernel_size must be at least 1; got width={width}, kernel_size={kernel_size}."
-            )
+            raise ValueError(f"width and kernel_size must be at least 1; got width={width}, kernel_size={kernel_size}.")
         dtype = jnp.result_type(float)
         self.weight = truncated_normal(key, (kernel_size, width), 1 / kernel_size, dtype)
         self.bias = jnp.zeros(width, dtype)

@@ -31,7 +31,6 @@ class StochasticDepth(eqx.Module):
             return x
         if key is None:
             raise RuntimeError(
-                "StochasticDepth needs a key while training. Pass `key`, or set inference with "
-                "`eqx.nn.inference_mode`."
+                "StochasticDepth needs a key while training. Pass `key`, or set inference with `eqx.nn.inference_mode`."
             )
         return jnp.where(jr.bernoulli(key, 1 - self.rate), x / (1 - self.rate), jnp.zeros_like(x))

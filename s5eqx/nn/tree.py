@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.typing import DTypeLike
 
 from s5eqx._typing import PyTree
 from s5eqx.nn._mixer import AbstractMixer
@@ -24,7 +25,7 @@ def recurrence_mask(model: PyTree) -> PyTree[bool]:
     )
 
 
-def cast(model: PyTree, dtype: jnp.dtype) -> PyTree:
+def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
     """Floating-point leaves in `dtype`, except those of the recurrences, which keep theirs.
 
     This sets the compute dtype: `cast(model, jnp.bfloat16)` runs the dense maths in bfloat16, and the scans,

@@ -1,4 +1,4 @@
-"""The one file that talks to XLA's FFI: loads the kernel modules, checks them, registers them, and says what is live."""
+"""The one file that talks to XLA's FFI: loads the kernel modules, checks and registers them, says what is live."""
 
 import dataclasses
 import importlib
@@ -28,9 +28,7 @@ class NativeBackend:
 
 def _runtime_ffi_api() -> tuple[int, int]:
     header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
-    major, minor = (
-        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR")
-    )
+    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
     return major, minor
 
 
@@ -66,9 +64,7 @@ def _load(platform_name: str, name: str) -> NativeBackend:
 _BACKENDS = {"cpu": _load("cpu", "_cpu"), "cuda": _load("cuda", "_cuda")}
 
 if os.environ.get("S5EQX_REQUIRE_NATIVE") == "1" and not _BACKENDS["cpu"].live:
-    raise ImportError(
-        f"S5EQX_REQUIRE_NATIVE=1, but the native CPU kernels are not live: {_BACKENDS['cpu'].detail}"
-    )
+    raise ImportError(f"S5EQX_REQUIRE_NATIVE=1, but the native CPU kernels are not live: {_BACKENDS['cpu'].detail}")
 
 
 def is_live(platform_name: str) -> bool:

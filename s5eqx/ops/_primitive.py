@@ -128,9 +128,10 @@ def fold_batches(
 ) -> None:
     """Batches by folding the mapped axis into the leading axis, so that a vmap costs no extra kernel.
 
-    Operand `batched` has the full batch. Operands in `shareable` may lead with 1 instead, and stay so where they are not
-    mapped. Operands in `unbatched` have no batch axis: where one of them is mapped, `reference` is mapped instead.
+    Operand `batched` has the full batch. Operands in `shareable` may lead with 1 instead, and stay so where they are
+    not mapped. Operands in `unbatched` have no batch axis: where one of them is mapped, `reference` is mapped instead.
     """
+
     def rule(operands, dims, **params):
         mapped = [d is not None for d in dims]
         if any(mapped[i] for i in unbatched):

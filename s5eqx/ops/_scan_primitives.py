@@ -62,11 +62,11 @@ def _adjoint(a, g, reset, *, reverse, pairs, backend):
     flags = reset
     if reset.shape[1] == g.shape[1]:
         flags = _delayed(reset, jnp.zeros_like(reset[:, :1]), not reverse)
-    (cotangent,) = bind(
-        scan_p, m, g, jnp.zeros_like(g[:, 0]), flags, reverse=not reverse, pairs=pairs, backend=backend
-    )
+    (cotangent,) = bind(scan_p, m, g, jnp.zeros_like(g[:, 0]), flags, reverse=not reverse, pairs=pairs, backend=backend)
     first = slice(-1, None) if reverse else slice(0, 1)
-    entering = _multiply(jnp.broadcast_to(_conjugate(a, pairs)[:, first], g[:, first].shape), cotangent[:, first], pairs)
+    entering = _multiply(
+        jnp.broadcast_to(_conjugate(a, pairs)[:, first], g[:, first].shape), cotangent[:, first], pairs
+    )
     flag = reset[:, first] if reset.shape[1] == g.shape[1] else reset
     return cotangent, _kept(flag, entering, entering)[:, 0]
 
@@ -74,9 +74,7 @@ def _adjoint(a, g, reset, *, reverse, pairs, backend):
 def _tangent(a, x, x0, reset, da, db, dx0, *, reverse, pairs, backend):
     """dx[t] = a[t] dx[t-1] + (da[t] x[t-1] + db[t])."""
     source = _multiply(jnp.broadcast_to(da, x.shape), _delayed(x, x0[:, None], reverse), pairs)
-    return bind(
-        scan_p, a, _kept(reset, x, source) + db, dx0, reset, reverse=reverse, pairs=pairs, backend=backend
-    )
+    return bind(scan_p, a, _kept(reset, x, source) + db, dx0, reset, reverse=reverse, pairs=pairs, backend=backend)
 
 
 def _backward(a, x, x0, reset, g, *, reverse, pairs, backend):
@@ -90,7 +88,11 @@ scan_p = new_primitive("s5eqx_scan", lambda a, b, x0, reset, **_: [like(b, b.sha
 tangent_p = new_primitive("s5eqx_scan_tangent", lambda a, x, *_, **__: [like(x, x.shape)])
 backward_p = new_primitive(
     "s5eqx_scan_backward",
-    lambda a, x, x0, reset, g, **_: [like(g, g.shape), like(a, (x.shape[0], *a.shape[1:])), like(x0, x0.shape)],
+    lambda a, x, x0, reset, g, **_: [
+        like(g, g.shape),
+        like(a, (x.shape[0], *a.shape[1:])),
+        like(x0, x0.shape),
+    ],
 )
 
 lower_natively(scan_p, "s5eqx_scan_forward", on_cpu=loop, elsewhere=blocked)

@@ -21,7 +21,7 @@ def _as_pairs(x: jax.Array) -> jax.Array:
 
 def _flags(reset: jax.Array, b: jax.Array) -> jax.Array:
     if reset.shape[1] != b.shape[1]:
-        return jnp.zeros(b.shape[:2] + (1,), bool)
+        return jnp.zeros((*b.shape[:2], 1), bool)
     return jnp.broadcast_to(reset, b.shape[:2])[..., None]
 
 
@@ -36,14 +36,8 @@ def loop(a, b, x0, reset, *, reverse: bool, pairs: bool, backend: str = "jax") -
         x = jnp.where(reset_t, b_t, a_t * x + b_t)
         return x, x
 
-    a = jnp.broadcast_to(a, b.shape) if a.shape[1] > 1 else jnp.broadcast_to(a, (b.shape[0], *a.shape[1:]))
-    if a.shape[1] == 1:
-        constant = a[:, 0]
-        steps = (jnp.swapaxes(b, 0, 1), jnp.swapaxes(_flags(reset, b), 0, 1))
-        _, x = lax.scan(lambda x, i: step(x, (constant, *i)), x0, steps, reverse=reverse)
-    else:
-        steps = tuple(jnp.swapaxes(z, 0, 1) for z in (a, b, _flags(reset, b)))
-        _, x = lax.scan(step, x0, steps, reverse=reverse)
+    steps = tuple(jnp.swapaxes(z, 0, 1) for z in (jnp.broadcast_to(a, b.shape), b, _flags(reset, b)))
+    _, x = lax.scan(step, x0, steps, reverse=reverse)
     return [jnp.swapaxes(x, 0, 1)]
 
 

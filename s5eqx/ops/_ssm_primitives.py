@@ -8,8 +8,8 @@ Canonical shapes: `u` and `y` (B, L, D), `a` (P, 2), `w_in` (D, 2P), `w_out` (2P
 `reset` as for the scan. Columns of `w_in` and rows of `w_out` interleave real and imaginary parts, so the complex
 products B u and Re(C x) are real ones, on (B·L, .) matrices, and the states are float pairs.
 
-`states` passes from the forward to the backward pass and has no tangent of its own: derivatives of the tangent and of the
-backward pass compute the states again.
+`states` passes from the forward to the backward pass and has no tangent of its own: derivatives of the tangent and
+of the backward pass compute the states again.
 """
 
 import jax
@@ -63,9 +63,7 @@ def _backward(u, a, w_in, w_out, skip, x0, reset, x, g, g_last, *, backend):
     gx = (g_rows @ w_out.T).reshape(x.shape)
     if x.shape[1]:
         gx = gx.at[:, -1].add(g_last)
-    drive, da, dx0 = bind(
-        scan_backward_p, a[None, None], x, x0, reset, gx, reverse=False, pairs=True, backend=backend
-    )
+    drive, da, dx0 = bind(scan_backward_p, a[None, None], x, x0, reset, gx, reverse=False, pairs=True, backend=backend)
     drive = _rows(drive, w_out.shape[0])
     du = (drive @ w_in.T + g_rows * skip[None]).reshape(u.shape)
     return [

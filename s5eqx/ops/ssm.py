@@ -23,8 +23,8 @@ def ssm(
 ) -> tuple[Float[Array, "*batch L D"], Complex[Array, "*batch P"]]:
     """x[t] = Lambda_bar x[t-1] + gain[t] B_bar u[t], y[t] = Re(C x[t]) + D u[t]. Returns y and the last state.
 
-    The complex products are real ones with interleaved columns, on matrices of B·L rows however many axes `jax.vmap` adds,
-    and the states never leave the form of float pairs. The recurrence runs in the precision of the weights
+    The complex products are real ones with interleaved columns, on matrices of B·L rows however many axes `jax.vmap`
+    adds, and the states never leave the form of float pairs. The recurrence runs in the precision of the weights
     (complex64 or complex128); `y` comes back in the dtype of `u`. Where L = 0 the last state is `x0`.
 
     A time-varying `Lambda_bar` (L, P), or a `gain`, serves irregular sampling; that case is composed of the
@@ -71,9 +71,7 @@ def _varying(u, a, w_in, w_out, D, x0, reset, gain):
     drive = (u @ w_in).reshape(rows, length, *a.shape[-2:])
     if gain is not None:
         re, im = gain.real, gain.imag
-        drive = jnp.stack(
-            [drive[..., 0] * re - drive[..., 1] * im, drive[..., 0] * im + drive[..., 1] * re], axis=-1
-        )
+        drive = jnp.stack([drive[..., 0] * re - drive[..., 1] * im, drive[..., 0] * im + drive[..., 1] * re], axis=-1)
     x = diagonal_scan_pairs(a, drive, x0, reset=reset)
     y = x.reshape(rows, length, -1) @ w_out + D * u
     return y, (x[:, -1] if length else x0)

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from s5eqx._typing import PyTree
+from s5eqx.train._leaves import is_array_or_shape
 
 
 class Checkpoints:
@@ -29,9 +30,7 @@ class Checkpoints:
             raise ValueError(f"a run keeps at least 1 checkpoint, got keep={keep}")
         self.folder = Path(folder).absolute()
         # Writing blocks, since the arrays are donated to the next step.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=False
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -54,8 +53,7 @@ class Checkpoints:
                 self._manager.delete(stale)
         arrays = jax.tree.leaves(eqx.filter(state, eqx.is_array))
         leaves = [
-            {**described, "crc32": _checksum(array)}
-            for described, array in zip(_describe(state), arrays, strict=True)
+            {**described, "crc32": _checksum(array)} for described, array in zip(_describe(state), arrays, strict=True)
         ]
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
@@ -90,11 +88,9 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
     def _read_arrays(self, step: int, leaves: list[dict], like: PyTree) -> PyTree:
-        shapes, static = eqx.partition(like, _is_array_or_shape)
+        shapes, static = eqx.partition(like, is_array_or_shape)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for x in jax.tree.leaves(shapes)
-        ]
+        wanted = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for x in jax.tree.leaves(shapes)]
         arrays = self._read(step, "state", ocp.args.StandardRestore(wanted))
         for described, array in zip(leaves, arrays, strict=True):
             if _checksum(array) != described["crc32"]:
@@ -107,19 +103,17 @@ class Checkpoints:
             now = _text(wanted[i]) if i < len(wanted) else "nothing"
             if was != now:
                 raise ValueError(
-                    f"checkpoint {self.folder / str(step)} is of another model or optimiser: leaf {i} must be "
-                    f"{now}, but the checkpoint has {was}; build what was saved, or start a new run"
+                    f"checkpoint {self.folder / str(step)} is of another model or optimiser: leaf {i} "
+                    f"must be {now}, but the checkpoint has {was}; build what was saved, or start a new run"
                 )
 
     def _warn(self, step: int, error: Exception) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"checkpoint {self.folder / str(step)} is damaged and will not be used: {reason}", stacklevel=3
-        )
+        warnings.warn(f"checkpoint {self.folder / str(step)} is damaged and will not be used: {reason}", stacklevel=3)
 
 
 def _describe(state: PyTree) -> list[dict]:
-    shapes = eqx.filter(state, _is_array_or_shape)
+    shapes = eqx.filter(state, is_array_or_shape)
     return [
         {"path": jax.tree_util.keystr(path), "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
@@ -131,8 +125,4 @@ def _text(leaf: dict) -> str:
 
 
 def _checksum(array) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
-
-
-def _is_array_or_shape(leaf) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    return zlib.crc32(np.asarray(array).tobytes())

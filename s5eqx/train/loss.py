@@ -1,5 +1,7 @@
 """How far a model's predictions are from a batch, in sums that add up over batches."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -32,24 +34,22 @@ class Score(eqx.Module):
 
 
 @checked
-def score(
-    logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], weights: Float[Array, "*batch"]
-) -> Score:
+def score(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], weights: Float[Array, "*batch"]) -> Score:
     """Cross-entropy and right answers, summed with weights, in float32 or the logits' wider type.
 
     Where the weight is 0 the target may be any number and the logits may be anything.
     """
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    dtype = jnp.float32 if jnp.finfo(logits.dtype).bits < 32 else logits.dtype
     asked, weights = weights > 0, weights.astype(dtype)
     logits = jnp.where(asked[..., None], logits.astype(dtype), 0)
     targets = jnp.where(asked, targets, 0)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(dtype)
+    correct = (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets).astype(dtype)
     return Score(jnp.sum(nll * weights), jnp.sum(correct * weights), jnp.sum(weights))
 
 
 @checked
-def next_token(model: eqx.Module, batch: Batch, *, key: PRNGKeyArray | None = None) -> Score:
+def next_token(model: Callable[..., Array], batch: Batch, *, key: PRNGKeyArray | None = None) -> Score:
     """The score of a language model, `tokens -> logits` of one sequence, on a batch.
 
     A batch of one calls the model on the sequence itself. `vmap` over a single sequence gives XLA an axis

@@ -9,14 +9,17 @@ silently into the wrong group. It builds an ordinary optax transformation for th
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import optax
 
-from s5eqx._typing import PyTree
-from s5eqx.nn import S5, BidirectionalS5, recurrence_mask
+from s5eqx._typing import Array, Float, Int, PyTree
+from s5eqx.nn import S5, recurrence_mask
+from s5eqx.train._leaves import trainable
 from s5eqx.train.schedule import AbstractSchedule
 
 
@@ -51,25 +54,37 @@ class AbstractGroups(abc.ABC):
         turn it round.
         """
         labels = self.labels(model)
-        for path, leaf in jax.tree.leaves_with_path(eqx.filter(model, eqx.is_inexact_array)):
+        for path, leaf in jax.tree.leaves_with_path(trainable(model)):
             if jax.numpy.iscomplexobj(leaf):
                 raise ValueError(
                     f"trainable leaves must be real, but {jax.tree_util.keystr(path)} is {leaf.dtype}: "
                     f"store its real and imaginary parts"
                 )
-        adamw = {
+        adamw: dict[Hashable, optax.GradientTransformation] = {
             name: optax.adamw(self.schedule(group.lr), self.b1, self.b2, weight_decay=group.weight_decay)
             for name, group in self.groups.items()
         }
         # As a function: optax would call the tree of labels itself, since a module is callable.
-        grouped = optax.partition(adamw, lambda _: labels)
-        if self.clip_norm is None:
-            return grouped
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), grouped)
+        optimiser = optax.partition(adamw, lambda _: labels)
+        if self.clip_norm is not None:
+            optimiser = optax.chain(optax.clip_by_global_norm(self.clip_norm), optimiser)
+        return optax.GradientTransformation(optimiser.init, _with_standard_promotion(optimiser.update))
 
-    def learning_rates(self, step) -> dict[str, float]:
+    def learning_rates(self, step: Int[Array, ""] | int) -> dict[str, Float[Array, ""] | float]:
         """The rate of each group at a step, counted from 0."""
-        return {name: self.schedule(group.lr)(step) for name, group in self.groups.items()}
+        rate = _with_standard_promotion(lambda peak: self.schedule(peak)(step))
+        return {name: rate(group.lr) for name, group in self.groups.items()}
+
+
+def _with_standard_promotion(function: Callable) -> Callable:
+    """optax multiplies counts by rates, which JAX refuses where it is set to strict promotion."""
+
+    @functools.wraps(function)
+    def promoted(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return promoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +127,7 @@ class DefaultGroups(AbstractGroups):
                 return "recurrence"
             return "matrices" if leaf.ndim >= 2 else "vectors"
 
-        params = eqx.filter(model, eqx.is_inexact_array)
+        params = trainable(model)
         return jax.tree.map(label, recurrence_mask(params), params)
 
 
@@ -144,14 +159,12 @@ class PublishedGroups(AbstractGroups):
 
     def labels(self, model: eqx.Module) -> PyTree[str]:
         def is_s5(node):
-            return isinstance(node, S5 | BidirectionalS5)
+            return isinstance(node, S5)
 
         def label(node):
             if not is_s5(node):
                 return "rest"
             ssm = ("B", "Lambda_re", "Lambda_im")
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: "ssm" if path[0].name in ssm else "rest", node
-            )
+            return jax.tree_util.tree_map_with_path(lambda path, _: "ssm" if path[0].name in ssm else "rest", node)
 
-        return jax.tree.map(label, eqx.filter(model, eqx.is_inexact_array), is_leaf=is_s5)
+        return jax.tree.map(label, trainable(model), is_leaf=is_s5)

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -46,19 +45,19 @@ def open_run(
     - `resume`: continue the run in `folder`, whose settings must be the same.
     - `overwrite`: delete the run in `folder` first.
     """
-    settings = json.loads(json.dumps(settings, default=str))
+    plain: dict = json.loads(json.dumps(settings))
     if resume and overwrite:
         raise ValueError("resume continues a run and overwrite deletes it: choose one")
     if folder is None:
         if resume or overwrite:
             raise ValueError("resume and overwrite are about a run that exists: name its folder")
-        return _create(_fresh(Path(parent), stem), settings)
+        return _create(_fresh(Path(parent), stem), plain)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the run's folder {folder} is a file; name another")
     holds_run = (folder / SETTINGS).is_file()
     if resume:
-        return _resume(folder, settings, holds_run)
+        return _resume(folder, plain, holds_run)
     if holds_run and not overwrite:
         raise ValueError(
             f"{folder} holds another run; continue it with resume, delete it with overwrite, or name another folder"
@@ -68,7 +67,7 @@ def open_run(
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files that are not of a run; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    return _create(folder, settings)
+    return _create(folder, plain)
 
 
 def versions() -> dict[str, str]:
@@ -78,20 +77,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "device": f"{device.platform} {device.device_kind}"}
 
 
-def commit() -> str | None:
-    """The commit of the source tree that holds this file, marked if changed; `None` outside of one."""
-    where = Path(__file__).parent
+def commit(file: Path) -> str | None:
+    """The git commit of the tree that `file` belongs to, marked if changed; `None` if it is not tracked."""
 
-    def git(*words):
-        return subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, check=True)
+    def git(*words: str) -> str:
+        words = ("git", "-C", str(Path(file).absolute().parent), *words)
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        tracked = git("ls-files", "--error-unmatch", __file__)
-        name = git("rev-parse", "HEAD").stdout.strip()
-        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        git("ls-files", "--error-unmatch", Path(file).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{name}-dirty" if changed else name if tracked else None
 
 
 def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -109,13 +107,14 @@ def _fresh(parent: Path, stem: str) -> Path:
     """A folder that this call has made: of two runs that start in one second each gets its own."""
     parent.mkdir(parents=True, exist_ok=True)
     name = f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
+    folder, number = parent / name, 1
+    while True:
         try:
             folder.mkdir()
+            return folder
         except FileExistsError:
-            continue
-        return folder
+            number += 1
+            folder = parent / f"{name}-{number}"
 
 
 def _create(folder: Path, settings: dict) -> Run:
@@ -132,9 +131,10 @@ def _resume(folder: Path, settings: dict, holds_run: bool) -> Run:
         raise ValueError(f"{folder} holds no run to resume: it has no {SETTINGS}")
     before, now = flat(json.loads((folder / SETTINGS).read_text())["settings"]), flat(settings)
     for name in [*now, *before]:
-        if before.get(name, "absent") != now.get(name, "absent"):
+        was, given = before.get(name, "absent"), now.get(name, "absent")
+        if was != given:
             raise ValueError(
-                f"a run resumes with its own settings, but {name} was {before.get(name, 'absent')!r} and is now "
-                f"{now.get(name, 'absent')!r}; pass the settings in {folder / SETTINGS}, or start a new run"
+                f"a run resumes with its own settings, but {name} was {was!r} and is now {given!r}; "
+                f"pass the settings in {folder / SETTINGS}, or start a new run"
             )
     return Run(folder, settings, versions(), resumed=True)

@@ -16,9 +16,7 @@ class AbstractSchedule(abc.ABC):
 
 def _check_warmup(steps: int, warmup: int):
     if not 0 <= warmup < steps:
-        raise ValueError(
-            f"the warm-up is a part of the steps: 0 <= warmup < {steps} must hold, got warmup={warmup}"
-        )
+        raise ValueError(f"the warm-up is a part of the steps: 0 <= warmup < {steps} must hold, got warmup={warmup}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,4 +71,6 @@ class WarmupConstant(AbstractSchedule):
             raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
 
     def __call__(self, peak: float) -> optax.Schedule:
+        if self.warmup == 0:  # a ramp of no steps is optax's way to stay at 0
+            return optax.constant_schedule(peak)
         return optax.warmup_constant_schedule(0.0, peak, self.warmup)

@@ -10,6 +10,7 @@ import optax
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, PyTree
 from s5eqx.data import AbstractTask
+from s5eqx.train._leaves import is_array_or_shape
 from s5eqx.train.loss import Score, next_token
 from s5eqx.train.optim import AbstractGroups
 
@@ -18,7 +19,7 @@ INIT, DROPOUT = range(2)
 
 
 class TrainState(eqx.Module):
-    """All that changes while a model trains, and all that a checkpoint holds. `step` counts the steps done."""
+    """All that changes in training, and all that a checkpoint holds. `step` counts the steps done."""
 
     step: Int[Array, ""]
     model: eqx.Module
@@ -57,9 +58,11 @@ class Trainer:
         seed: int = 0,
         loss: Callable[..., Score] = next_token,
     ):
-        sizes = dict(
-            batch_size=batch_size, steps_per_dispatch=steps_per_dispatch, eval_batch_size=eval_batch_size
-        )
+        sizes = {
+            "batch_size": batch_size,
+            "steps_per_dispatch": steps_per_dispatch,
+            "eval_batch_size": eval_batch_size,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -77,7 +80,7 @@ class Trainer:
             return TrainState(jnp.int32(0), model, opt_state)
 
         self.skeleton: TrainState = eqx.filter_eval_shape(init, key)
-        shapes, self._static = eqx.partition(self.skeleton, _is_array_or_shape)
+        shapes, self._static = eqx.partition(self.skeleton, is_array_or_shape)
         self._treedef = jax.tree.structure(shapes)
         self._init = jax.jit(lambda key: self.flatten(init(key)))
         self._run = jax.jit(self._dispatch, donate_argnums=0)
@@ -104,7 +107,7 @@ class Trainer:
         return self._run(leaves)
 
     def evaluate(self, leaves: list[Array], num_examples: int | None = None) -> dict[str, float]:
-        """Mean loss (nats a position) and accuracy on the first `num_examples` test examples (default: all)."""
+        """Mean loss (nats a position) and accuracy on the first `num_examples` of the test, or on all."""
         count = self.task.num_test if num_examples is None else min(num_examples, self.task.num_test)
         scores = [
             self._evaluate(leaves, jnp.int32(start), jnp.int32(count))
@@ -129,7 +132,7 @@ class Trainer:
 
         grads, result = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = self._optimiser.update(grads, state.opt_state, params)
-        model = eqx.combine(optax.apply_updates(params, updates), rest)
+        model = eqx.apply_updates(state.model, updates)
         rates = self.policy.learning_rates(state.step)
         metrics = {
             "loss": result.loss,
@@ -146,7 +149,3 @@ class Trainer:
         inside = (indices < stop)[:, None]
         batch = eqx.tree_at(lambda b: b.weights, batch, jnp.where(inside, batch.weights, 0))
         return self.loss(model, batch, key=None)
-
-
-def _is_array_or_shape(leaf) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)

@@ -1,0 +1,49 @@
+"""What the benchmarks share: fair timing, and a process of its own for each allocator setting."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8589934592"
+"""Keeps large freed blocks and asks for huge pages. Without it glibc maps any array over 32 MiB anew on every
+call, at about a microsecond a page, and that is then what a benchmark measures."""
+
+
+def interleaved_medians(programs: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Seconds a call: medians over `repeats` rounds in which each program runs once, after a warm-up."""
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def in_a_process_of_its_own(script: str, arguments: list[str], *, tuned: bool) -> dict:
+    """Runs `script` again with the allocator tuned or as it comes; returns the JSON on its last line."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    if tuned:
+        environment["GLIBC_TUNABLES"] = TUNED
+    command = [sys.executable, script, *arguments]
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def where() -> dict[str, str]:
+    """The machine and the versions, for the record."""
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {cpus[0].split(':')[1].strip()}" if cpus else "unknown",
+        "jax": jax.__version__,
+        "python": sys.version.split()[0],
+    }

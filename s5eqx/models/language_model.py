@@ -1,0 +1,205 @@
+"""A language model: tied embedding, blocks, logits."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+
+from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
+from s5eqx.models.backbone import Backbone
+from s5eqx.models.init import AbstractInit, DefaultInit
+from s5eqx.nn._check import check_causal
+from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
+from s5eqx.nn._random import split
+from s5eqx.nn._run import in_chunks, in_parallel, in_steps
+from s5eqx.nn.block import Block
+from s5eqx.nn.mlp import MLP
+
+
+class LanguageModel(AbstractCausalMixer):
+    """Tokens in, logits of the next token out:
+
+        logits = unembed(backbone(embed(tokens))),   unembed(h) = h E^T
+
+    with `embed(tokens) = E[tokens]`, plus learned positions where `max_length` is given. `E` is tied: one
+    array used twice. A token outside the vocabulary gives NaN.
+
+    The state is the position of the next token (None without learned positions) and the backbone's state.
+    A reset starts a new sequence, at position 0.
+
+    Source: the language models of the Hyena and S5 papers (arXiv 2302.10866, 2208.04933).
+
+    Differs from the reference: one output, the logits; any length is taken where no positions are learned.
+    """
+
+    recurrence: ClassVar[tuple[str, ...]] = ()
+
+    embedding: Float[Array, "V D"]
+    positions: Float[Array, "max_length D"] | None
+    embed_dropout: eqx.nn.Dropout
+    backbone: Backbone
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        mixer: Callable[[PRNGKeyArray], AbstractCausalMixer] | tuple[AbstractCausalMixer, ...],
+        *,
+        num_layers: int | None = None,
+        mlp_width: int,
+        max_length: int | None = None,
+        embed_dropout: float = 0.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        init: AbstractInit = DefaultInit(),
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `vocab_size`: number of tokens, `V`.
+        - `width`: channels of the residual stream, `D`.
+        - `mixer`: a factory `key -> mixer`, called once for each layer; or a tuple of built mixers.
+        - `num_layers`: number of blocks; may be left out for a tuple.
+        - `mlp_width`: hidden channels of each block's MLP.
+        - `max_length`: longest sequence, in tokens, for learned positions; None goes without them.
+        - `embed_dropout`, `dropout`: the probability to drop an entry of the embedding, of a branch.
+        - `drop_path`: the probability to drop a branch.
+        - `init`: redraws the weights once the model is built: `DefaultInit()` or `S5Init()`.
+        """
+        if vocab_size < 1 or width < 1:
+            raise ValueError(f"vocab_size and width must be positive; got {vocab_size} and {width}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be positive, or None for no positions; got {max_length}.")
+        mixer_key, mlp_key, init_key = jr.split(key, 3)
+        mixers = _build(mixer, num_layers, mixer_key)
+        mlp_keys = jr.split(mlp_key, len(mixers))
+        blocks = []
+        for i, (layer, layer_key) in enumerate(zip(mixers, mlp_keys, strict=True)):
+            check_causal(layer, f"The mixer of layer {i}")
+            mlp = MLP(width, mlp_width, key=layer_key)
+            blocks.append(Block(layer, mlp, dropout=dropout, drop_path=drop_path))
+        # `init` draws the values of the two tables.
+        self.embedding = jnp.zeros((vocab_size, width))
+        self.positions = None if max_length is None else jnp.zeros((max_length, width))
+        self.embed_dropout = eqx.nn.Dropout(embed_dropout)
+        self.backbone = Backbone(width, tuple(blocks))
+        drawn = init(self, key=init_key)
+        self.embedding, self.positions, self.backbone = drawn.embedding, drawn.positions, drawn.backbone
+
+    @checked
+    def embed(
+        self,
+        tokens: Int[Array, "*L"],
+        *,
+        reset: Bool[Array, "*L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*L D"]:
+        """What enters the backbone, for tokens that start a sequence."""
+        return self._embed(self._start(), tokens, reset, key)[1]
+
+    @checked
+    def unembed(self, h: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
+        """Logits, at least float32, of the tied embedding."""
+        dtype = np.promote_types(h.dtype, np.float32)
+        return jnp.matmul(h, self.embedding.T, preferred_element_type=dtype)
+
+    @checked
+    def __call__(
+        self,
+        x: Int[Array, " L"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "L V"]:
+        return self._forward(in_parallel(reset), self.init_state(), x, reset, key)[1]
+
+    def init_state(self) -> PyTree[Array]:
+        return self._start(), self.backbone.init_state()
+
+    @checked
+    def prefill(
+        self,
+        state: PyTree[Array],
+        x: Int[Array, " L"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[PyTree[Array], Float[Array, "L V"]]:
+        return self._forward(in_chunks(reset), state, x, reset, key)
+
+    @checked
+    def step(
+        self,
+        state: PyTree[Array],
+        x_t: Int[Array, ""],
+        *,
+        reset: Bool[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[PyTree[Array], Float[Array, " V"]]:
+        return self._forward(in_steps(reset), state, x_t, reset, key)
+
+    def _forward(self, run, state, tokens, reset, key):
+        embed_key, backbone_key = split(key, 2)
+        position, state = state
+        position, h = self._embed(position, tokens, reset, embed_key)
+        state, h = run(self.backbone, state, h, backbone_key)
+        return (position, state), self.unembed(h)
+
+    def _start(self):
+        return None if self.positions is None else jnp.zeros((), jnp.int32)
+
+    def _embed(self, position, tokens, reset, key):
+        h = _rows(self.embedding, tokens)
+        if self.positions is not None:
+            max_length = len(self.positions)
+            if reset is None and tokens.size > max_length:
+                raise ValueError(
+                    f"The model has learned positions for max_length={max_length} tokens; got a sequence of "
+                    f"{tokens.size}. Build it with a larger max_length, or pass `reset` for packed sequences."
+                )
+            position, index = _count(position, tokens, reset)
+            index = eqx.error_if(
+                index,
+                index >= max_length,
+                f"A sequence is longer than the learned positions, max_length={max_length} tokens. Build the "
+                "model with a larger max_length, or reset its state.",
+            )
+            h = h + _rows(self.positions, index)
+        return position, self.embed_dropout(h, key=key)
+
+
+def _build(mixer, num_layers, key):
+    if isinstance(mixer, AbstractMixer):
+        raise ValueError(
+            f"mixer must be a factory `key -> mixer` or a tuple of mixers; got one {type(mixer).__name__}, "
+            "whose weights all layers would share. Write `lambda key: ...`."
+        )
+    if isinstance(mixer, tuple):
+        if num_layers not in (None, len(mixer)):
+            raise ValueError(
+                f"num_layers={num_layers} must be the number of mixers, or left out; got {len(mixer)} mixers."
+            )
+        return mixer
+    if num_layers is None or num_layers < 1:
+        raise ValueError(f"A factory of mixers needs num_layers of at least 1; got {num_layers}.")
+    return tuple(mixer(layer_key) for layer_key in jr.split(key, num_layers))
+
+
+def _rows(table, index):
+    """Rows of a table; NaN where the index is outside."""
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _count(position, tokens, reset):
+    """The position after the chunk (one token: `tokens` has no axis), and the position of each token."""
+    time = jnp.arange(tokens.size, dtype=jnp.int32)
+    index = position + time
+    if reset is not None:
+        last = lax.cummax(jnp.where(reset.reshape(-1), time, -1))
+        index = jnp.where(last < 0, index, time - last)
+    after = jnp.concatenate([position[None], index + 1])[-1]
+    return after, index.reshape(tokens.shape)

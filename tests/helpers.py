@@ -1,0 +1,66 @@
+"""What several test files share: the recurrence in double precision, and how errors are measured."""
+
+import numpy as np
+
+
+def recurrence(a, b, x0, reset=None, reverse=False):
+    """x[t] = a[t] x[t-1] + b[t], one step after the other in double precision: what every scan must equal."""
+    a, b, x, drop = _in_double(a, b, x0, reset)
+    states = np.empty_like(b)
+    for t in _times(b, reverse):
+        x = np.where(drop[..., t, None], b[..., t, :], a[..., t, :] * x + b[..., t, :])
+        states[..., t, :] = x
+    return states
+
+
+def recurrence_vjp(a, b, x0, g, reset=None, reverse=False, conjugate=False):
+    """The states, and the cotangents of a, b and x0 in their own shapes.
+
+    `conjugate` for real gradients, as those of float pairs; JAX's own for complex numbers have no conjugates.
+    """
+    shapes = [np.shape(z) for z in (a, b, x0)]
+    states = recurrence(a, b, x0, reset, reverse)
+    a, b, x0, drop = _in_double(a, b, x0, reset)
+    conj = np.conj if conjugate else np.asarray
+    da, db, carry = np.empty_like(b), np.empty_like(b), np.zeros_like(x0)
+    times = list(_times(b, reverse))
+    for i, t in reversed(list(enumerate(times))):
+        before = states[..., times[i - 1], :] if i else x0
+        db[..., t, :] = g[..., t, :] + carry
+        entering = np.where(drop[..., t, None], 0, db[..., t, :])
+        da[..., t, :] = np.where(drop[..., t, None], 0, entering * conj(before))
+        carry = conj(a[..., t, :]) * entering
+    return states, tuple(_sum_to(z, shape) for z, shape in zip((da, db, carry), shapes, strict=True))
+
+
+def _in_double(a, b, x0, reset):
+    wide = np.complex128 if np.iscomplexobj(b) else np.float64
+    b = np.asarray(b, wide)
+    a = np.broadcast_to(np.asarray(a, wide), b.shape)
+    x0 = np.broadcast_to(np.asarray(x0, wide), b.shape[:-2] + b.shape[-1:])
+    return a, b, x0, np.broadcast_to(False if reset is None else np.asarray(reset), b.shape[:-1])
+
+
+def _times(b, reverse):
+    return range(b.shape[-2])[:: -1 if reverse else 1]
+
+
+def _sum_to(z, shape):
+    """The transpose of broadcasting `shape` to that of `z`."""
+    z = z.sum(axis=tuple(range(z.ndim - len(shape))))
+    stretched = tuple(i for i, (n, m) in enumerate(zip(shape, z.shape, strict=True)) if n == 1 != m)
+    return z.sum(axis=stretched, keepdims=True)
+
+
+def relative_error(given, truth):
+    """The largest difference over the largest value."""
+    given, truth = np.asarray(given), np.asarray(truth)
+    return np.max(np.abs(given - truth), initial=0.0) / (np.max(np.abs(truth), initial=0.0) or 1.0)
+
+
+def to_pairs(z):
+    return np.stack([np.real(z), np.imag(z)], axis=-1)
+
+
+def to_complex(pairs):
+    return np.asarray(pairs[..., 0]) + 1j * np.asarray(pairs[..., 1])

@@ -1,0 +1,215 @@
+"""The language model: its parts, its initial weights, and what it refuses."""
+
+import json
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from s5_fixture import FOLDER
+
+from s5eqx import nn
+from s5eqx.interop import to_s5
+from s5eqx.models import Backbone, DefaultInit, LanguageModel, S5Init
+
+V, D, L = 11, 6, 10
+
+
+def conv(key):
+    return nn.ShortConv(D, 3, key=key)
+
+
+def language_model(key, mixer=conv, **options):
+    return LanguageModel(V, D, mixer, **({"num_layers": 2, "mlp_width": 8} | options), key=key)
+
+
+def tokens(length=L):
+    return jnp.asarray(np.random.default_rng(0).integers(0, V, length))
+
+
+def test_parts_and_tied_embedding(key):
+    model, x = language_model(key, max_length=L, init=DefaultInit(std=0.5)), tokens()
+    h = model.backbone(model.embed(x))
+    np.testing.assert_allclose(model.embed(x), model.embedding[x] + model.positions, atol=1e-6)
+    np.testing.assert_allclose(model(x), h @ model.embedding.T, atol=1e-5)
+    np.testing.assert_allclose(model.unembed(h[0]), model(x)[0], atol=1e-5)
+    for i in range(2):
+        h_i = model.embed(x) if i == 0 else h_i
+        h_i = model.backbone.blocks[i](h_i)
+    np.testing.assert_allclose(nn.layer_norm(model.backbone.norm, h_i), h, atol=1e-5)
+
+    # One table, used twice: its gradient is that of both uses.
+    shapes = [a.shape for a in jax.tree.leaves(eqx.filter(model, eqx.is_array))]
+    assert shapes.count((V, D)) == 1
+    put = lambda table: eqx.tree_at(lambda m: m.embedding, model, table)
+    weigh = jr.normal(key, (L, V))
+    loss = lambda enters, leaves: jnp.sum(weigh * put(leaves).unembed(model.backbone(put(enters).embed(x))))
+    both = jax.grad(lambda table: jnp.sum(weigh * put(table)(x)))(model.embedding)
+    first, second = jax.grad(loss, argnums=(0, 1))(model.embedding, model.embedding)
+    np.testing.assert_allclose(both, first + second, atol=1e-4)
+    assert jnp.any(first != 0) and jnp.any(second != 0)
+
+
+def test_a_token_outside_the_vocabulary_is_seen(key):
+    model = language_model(key)
+    for bad in (-1, V):
+        assert jnp.all(jnp.isnan(model(tokens().at[3].set(bad))[3]))
+
+
+def test_mixers_are_built_once_a_layer(key):
+    keys = []
+    model = language_model(key, lambda key: keys.append(key) or conv(key), num_layers=3)
+    assert len({jr.key_data(k).tobytes() for k in keys}) == len(keys) == 3
+    weights = [block.mixer.weight for block in model.backbone.blocks]
+    assert not any(jnp.any(a == b) for a, b in zip(weights, weights[1:], strict=False))
+
+    mixers = (nn.S5(D, 4, key=key), conv(key))
+    model = language_model(key, mixers, num_layers=None)
+    assert [type(block.mixer) for block in model.backbone.blocks] == [nn.S5, nn.ShortConv]
+    np.testing.assert_array_equal(model.backbone.blocks[0].mixer.C, mixers[0].C)
+
+
+def test_default_init(key):
+    wide = lambda key: nn.hyena_s5(64, 8, activation=nn.HalfGLU2, key=key)
+    model = LanguageModel(50, 64, wide, num_layers=8, mlp_width=128, max_length=30, key=key)
+    block = model.backbone.blocks[3]
+    for weight, std in (
+        (model.embedding, 0.02),
+        (model.positions, 0.02),
+        (block.mixer.in_proj.weight, 0.02),
+        (block.mixer.bank.operators()[0].activation.out2.weight, 0.02),
+        (block.mlp.fc1.weight, 0.02),
+        (block.mixer.out_proj.weight, 0.02 / 4),
+        (block.mlp.fc2.weight, 0.02 / 4),
+    ):
+        np.testing.assert_allclose(jnp.std(weight), std, rtol=0.1)
+        assert abs(jnp.mean(weight)) < 0.1 * std
+    for layer in (block.mixer.in_proj, block.mixer.out_proj, block.mlp.fc1, block.mlp.fc2):
+        np.testing.assert_array_equal(layer.bias, 0)
+    assert 0.3 < jnp.std(block.mixer.short_conv.weight) < 0.8
+
+
+@pytest.mark.parametrize("tag", ["s5", "s5_trunc", "s5_cplx"])
+def test_s5_init_has_the_statistics_of_the_s5_branch(tag, key):
+    """Mean, deviation and extremes of every array over 20 models, against those of 20 official ones."""
+    with np.load(FOLDER / "init_stats.npz") as file:
+        stats = {k.removeprefix(f"{tag}/"): a for k, a in file.items() if k.startswith(f"{tag}/")}
+    config = json.loads(str(stats.pop("config")))
+    options, filter_args = config["layer_kwargs"], config["layer_kwargs"]["filter_args"]
+    C_init = {
+        "lecun_normal": nn.LecunNormal(),
+        "trunc_standard_normal": nn.TruncatedNormal(),
+        "complex_normal": nn.ComplexNormal(),
+    }[filter_args["C_init"]]
+
+    def build(key):
+        mixer = lambda key: nn.hyena_s5(
+            config["d_model"],
+            options["ssm_size"],
+            num_blocks=options["ssm_blocks"],
+            conj_sym=filter_args["conj_sym"],
+            C_init=C_init,
+            dt_min=filter_args["dt_min"],
+            dt_max=filter_args["dt_max"],
+            activation=nn.HalfGLU2,
+            key=key,
+        )
+        sizes = {"num_layers": config["n_layer"], "mlp_width": config["d_inner"]}
+        return to_s5(LanguageModel(config["vocab_size"], config["d_model"], mixer, **sizes, init=S5Init(), key=key))
+
+    arrays = jax.jit(jax.vmap(build))(jr.split(key, 20))
+    assert arrays.keys() == stats.keys()
+    for path, (mean, std, low, high, size) in stats.items():
+        ours = np.asarray(arrays[path], np.float64)
+        if tag == "s5_cplx" and path.endswith("/C"):  # theirs are the four parts of c_0 + i c_1, ours its two
+            std, low, high = np.sqrt(2) * std, np.sqrt(2) * low, np.sqrt(2) * high
+        error = std / np.sqrt(20 * size)  # of a mean; that of a deviation is less
+        np.testing.assert_allclose(ours.mean(), mean, atol=7 * error + 1e-6, err_msg=path)
+        np.testing.assert_allclose(ours.std(), std, atol=7 * error + 1e-6, err_msg=path)
+        np.testing.assert_allclose([ours.min(), ours.max()], [low, high], rtol=0.3, atol=1e-6, err_msg=path)
+
+
+def test_dropout_and_keys(key):
+    model, x = language_model(key, embed_dropout=0.5, dropout=0.3, drop_path=0.2), tokens()
+    plain = language_model(key)
+    with pytest.raises(RuntimeError, match="key"):
+        model(x)
+    np.testing.assert_array_equal(eqx.nn.inference_mode(model)(x), plain(x))
+    logits = jax.vmap(lambda k: model(x, key=k))(jr.split(key, 3))
+    assert not jnp.allclose(logits[0], logits[1])
+    np.testing.assert_allclose(model(x, key=jr.split(key, 3)[2]), logits[2], atol=1e-6)
+
+    # Dropout of the embedding keeps its mean.
+    h = jax.vmap(lambda k: model.embed(x, key=k))(jr.split(key, 4000))
+    np.testing.assert_allclose(jnp.mean(h, axis=0), plain.embed(x), atol=0.006)
+    np.testing.assert_allclose(jnp.mean(h == 0), 0.5, atol=0.01)
+
+
+def test_position_is_bounded(key):
+    model = language_model(key, max_length=4, num_layers=1)
+    message = "longer than the learned positions, max_length=4"
+    with pytest.raises(ValueError, match=re.escape("max_length=4 tokens; got a sequence of 5")):
+        model(tokens(5))
+
+    state, _ = model.prefill(model.init_state(), tokens(3))
+    assert state[0].dtype == jnp.int32 and state[0] == 3
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(eqx.filter_jit(model.prefill)(state, tokens(2)))
+    state, _ = model.step(state, tokens()[0])
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(eqx.filter_jit(model.step)(state, tokens()[0]))
+    state, _ = eqx.filter_jit(model.step)(state, tokens()[0], reset=jnp.asarray(True))
+    assert state[0] == 1
+
+    # A packed batch may be longer than any of its sequences.
+    packed = jnp.arange(9) % 4 == 0
+    assert jnp.all(jnp.isfinite(eqx.filter_jit(model)(tokens(9), reset=packed)))
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(eqx.filter_jit(model)(tokens(9), reset=jnp.arange(9) == 2))
+
+
+def test_models_without_positions_take_any_length(key):
+    assert language_model(key, num_layers=1)(tokens(300)).shape == (300, V)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixer": lambda key: nn.BidirectionalS5(D, 4, key=key)}, "layer 0 must be causal"),
+        ({"mixer": lambda key: nn.ShortConv(D + 1, 3, key=key)}, "must map width 6 to width 6"),
+        ({"mixer": nn.ShortConv(D, 3, key=jr.key(0))}, "whose weights all layers would share"),
+        ({"mixer": (nn.ShortConv(D, 3, key=jr.key(0)),)}, "must be the number of mixers, or left out; got 1"),
+        ({"mixer": (), "num_layers": None}, "at least one layer"),
+        ({"num_layers": None}, "needs num_layers of at least 1; got None"),
+        ({"num_layers": 0}, "needs num_layers of at least 1; got 0"),
+        ({"max_length": 0}, "max_length must be positive"),
+        ({"mlp_width": 0}, "hidden must be positive"),
+        ({"drop_path": 1.5}, "lies in [0, 1); got 1.5"),
+        ({"dropout": 1.5}, "lies in [0, 1]; got 1.5"),
+        ({"embed_dropout": -0.1}, "lies in [0, 1]; got -0.1"),
+    ],
+)
+def test_models_that_do_not_fit(options, message, key):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        language_model(key, **options)
+
+
+def test_vocabulary_and_width(key):
+    with pytest.raises(ValueError, match="vocab_size and width must be positive; got 0 and 6"):
+        LanguageModel(0, D, conv, num_layers=1, mlp_width=8, key=key)
+    block = nn.Block(conv(key), nn.MLP(D, 8, key=key))
+    with pytest.raises(ValueError, match="backbone's width 7; block 0 has 6"):
+        Backbone(7, (block,))
+
+
+def test_initialisation_compiles(key):
+    """Built under jit it is the same model, and its shapes are known without building it."""
+    build = lambda key: language_model(key, lambda key: nn.hyena_s5(D, 4, key=key), max_length=L)
+    eager, compiled = build(key), eqx.filter_jit(build)(key)
+    for a, b in zip(*(jax.tree.leaves(eqx.filter(m, eqx.is_array)) for m in (eager, compiled)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    skeleton = eqx.filter_eval_shape(build, key)
+    assert jax.tree.map(lambda a: a.shape, skeleton.embedding) == (V, D)

@@ -1,0 +1,272 @@
+"""The law of a mixer: parallel, in chunks and step by step are one function. One suite for all of them."""
+
+import functools
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+
+from s5eqx import models, nn
+
+D, V, L = 6, 7, 12
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable
+    tokens: bool = False
+    intervals: bool = False
+
+
+def s5(key, **options):
+    return nn.S5(D, 8, num_blocks=2, key=key, **options)
+
+
+def hyena(key, **options):
+    return nn.hyena_s5(D, 4, key=key, **options)
+
+
+def language_model(key, mixer, **options):
+    return models.LanguageModel(V, D, mixer, mlp_width=8, key=key, **options)
+
+
+CASES = {
+    "short_conv_1": Case(lambda key: nn.ShortConv(D, 1, key=key)),
+    "short_conv_4": Case(lambda key: nn.ShortConv(D, 4, key=key)),
+    "mlp": Case(lambda key: nn.MLP(D, 9, key=key)),
+    "s5": Case(s5),
+    "s5_full_gelu": Case(lambda key: s5(key, conj_sym=False, clip_eigs=False, activation=nn.Gelu())),
+    "s5_bilinear_half_glu1": Case(
+        lambda key: s5(key, discretisation=nn.Bilinear(), activation=nn.HalfGLU1(D, key=key))
+    ),
+    "s5_intervals_full_glu": Case(
+        lambda key: s5(key, step_rescale=2.0, activation=nn.FullGLU(D, key=key)), intervals=True
+    ),
+    "s5_intervals_bilinear": Case(lambda key: s5(key, discretisation=nn.Bilinear()), intervals=True),
+    "hyena_2": Case(hyena),
+    "hyena_2_no_short_conv": Case(lambda key: hyena(key, short_filter=0)),
+    "hyena_3_half_glu2": Case(lambda key: hyena(key, order=3, activation=nn.HalfGLU2)),
+    "hyena_4": Case(lambda key: hyena(key, order=4, short_filter=4)),
+    "block": Case(lambda key: nn.Block(hyena(key), nn.MLP(D, 8, key=key))),
+    "backbone": Case(lambda key: language_model(key, (s5(key), nn.ShortConv(D, 3, key=key))).backbone),
+    "language_model": Case(lambda key: language_model(key, hyena, num_layers=2), tokens=True),
+    "language_model_positions": Case(lambda key: language_model(key, s5, num_layers=1, max_length=2 * L), tokens=True),
+}
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def build(case, key, dtype=None):
+    """The mixer with every weight drawn anew at one scale, so that no term hides behind a small one."""
+    skeleton = eqx.filter_eval_shape(case.build, key)
+    rng = np.random.default_rng(2208)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype or leaf.dtype)
+    return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
+
+
+def inputs(case, seed=0, dtype=float):
+    """A sequence, and what else comes in at every step: flags that are all False, and intervals."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.integers(0, V, L) if case.tokens else rng.standard_normal((L, D)))
+    each = {"reset": jnp.zeros(L, bool)}
+    if case.intervals:
+        each["intervals"] = jnp.asarray(rng.uniform(0.3, 3.0, L), dtype)
+    return x if case.tokens else x.astype(dtype), each
+
+
+def used_state(mixer, key):
+    """A state as an earlier chunk could have left it."""
+    fill = lambda a: a + jr.normal(key, a.shape, a.dtype) if eqx.is_inexact_array(a) else a + 2
+    return jax.tree.map(fill, mixer.init_state())
+
+
+def whole(mixer, state, x, each):
+    return mixer.prefill(state, x, **each)
+
+
+def chunks(mixer, state, x, each):
+    """Four pieces with a random cut, two of them of length 0 and 1."""
+    cut = random.Random(type(mixer).__name__).randrange(1, L - 1)
+    ys = []
+    for start, stop in itertools.pairwise((0, cut, cut, cut + 1, L)):
+        state, y = mixer.prefill(state, x[start:stop], **{name: a[start:stop] for name, a in each.items()})
+        ys.append(y)
+    return state, jnp.concatenate(ys)
+
+
+def steps(mixer, state, x, each):
+    return lax.scan(lambda state, t: mixer.step(state, t[0], **t[1]), state, (x, each))
+
+
+def weights_like(mixer, state, x, each, key):
+    """A weight for every number of the final state and the output: their weighted sum has all gradients."""
+    out = eqx.filter_eval_shape(whole, mixer, state, x, each)
+    draw = lambda a: jr.normal(key, a.shape, a.dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else None
+    return jax.tree.map(draw, out)
+
+
+quick_jit = functools.partial(
+    eqx.filter_jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+
+@quick_jit
+def run(way, mixer, state, x, each, weights):
+    """Final state and output; gradients of their weighted sum to the mixer, the state that enters and `x`."""
+
+    def loss(differentiable):
+        out = way(*differentiable, each)
+        terms = jax.tree.map(lambda w, a: jnp.sum((w * a).real), weights, eqx.filter(out, eqx.is_inexact_array))
+        return sum(jax.tree.leaves(terms)), out
+
+    gradients, out = eqx.filter_grad(loss, has_aux=True)((mixer, state, x))
+    return out, gradients
+
+
+def assert_close(got, expected, tolerance=1e-12):
+    got, expected = (jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (got, expected))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        scale = max(1.0, float(jnp.abs(b).max(initial=0)))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+def assert_zero(tree):
+    for a in jax.tree.leaves(tree):
+        np.testing.assert_array_equal(a, jnp.zeros_like(a))
+
+
+@every_case
+def test_chunks_and_steps_equal_the_whole(case, key, x64):
+    mixer = build(case, key)
+    state = used_state(mixer, key)
+    x, each = inputs(case)
+    each["reset"] = each["reset"].at[jnp.array([3, 4, 9])].set(True)
+    weights = weights_like(mixer, state, x, each, key)
+    for flags in (each["reset"], jnp.zeros_like(each["reset"])):
+        each["reset"] = flags
+        expected = run(whole, mixer, state, x, each, weights)
+        assert_close(run(chunks, mixer, state, x, each, weights), expected)
+        assert_close(run(steps, mixer, state, x, each, weights), expected)
+
+
+@every_case
+def test_call_is_prefill_from_the_empty_state(case, key, x64):
+    mixer = build(case, key)
+    x, each = inputs(case)
+    weights = weights_like(mixer, mixer.init_state(), x, each, key)
+    (_, y), _ = run(whole, mixer, mixer.init_state(), x, each, weights)
+    del each["reset"]
+    assert_close(eqx.filter_jit(mixer)(x, **each), y)
+
+
+@every_case
+@pytest.mark.parametrize("way", [whole, chunks, steps])
+def test_no_output_depends_on_the_future(case, way, key, x64):
+    mixer = build(case, key)
+    state = used_state(mixer, key)
+    x, each = inputs(case)
+    weights = weights_like(mixer, state, x, each, key)
+    (_, y), _ = run(way, mixer, state, x, each, weights)
+    no_state = jax.tree.map(jnp.zeros_like, weights[0])
+    for t in (0, 4, L - 2):
+        known = jnp.arange(L) <= t
+        splice = lambda a, b, known=known: jnp.where(known if a.ndim == 1 else known[:, None], a, b)
+        other, other_each = jax.tree.map(splice, (x, each), inputs(case, seed=1))
+        (_, other_y), _ = run(way, mixer, state, other, other_each, weights)
+        np.testing.assert_array_equal(other_y[: t + 1], y[: t + 1])
+        past = (no_state, weights[1].at[t + 1 :].set(0))
+        _, (_, _, to_x) = run(way, mixer, state, x, each, past)
+        if not case.tokens:
+            assert_zero(to_x[t + 1 :])
+            assert jnp.all(jnp.any(to_x[t] != 0))
+
+
+@every_case
+@pytest.mark.parametrize("way", [whole, chunks, steps])
+def test_a_reset_starts_a_new_sequence(case, way, key, x64):
+    mixer = build(case, key)
+    state, empty = used_state(mixer, key), mixer.init_state()
+    x, each = inputs(case)
+    weights = weights_like(mixer, state, x, each, key)
+
+    # At the start it drops the state, to the last bit.
+    flags = {**each, "reset": each["reset"].at[0].set(True)}
+    assert_close(run(way, mixer, state, x, flags, weights)[0], run(way, mixer, empty, x, each, weights)[0], 0)
+
+    for t in (3, 4):
+        flags = {**each, "reset": each["reset"].at[t].set(True)}
+        after = (weights[0], weights[1].at[:t].set(0))
+        (final, y), (_, to_state, to_x) = run(way, mixer, state, x, flags, after)
+
+        # What comes after does not know what came before, and has no gradient to it.
+        other = x.at[:t].set(inputs(case, seed=1)[0][:t])
+        (other_final, other_y), _ = run(way, mixer, empty, other, flags, after)
+        assert_close((other_final, other_y[t:]), (final, y[t:]), 0)
+        assert_zero(to_state)
+        if not case.tokens:
+            assert_zero(to_x[:t])
+
+        # It is what a sequence that begins there gives.
+        alone, alone_each = jax.tree.map(functools.partial(jnp.roll, shift=-t, axis=0), (x, each))
+        (_, alone_y), _ = run(way, mixer, empty, alone, alone_each, after)
+        assert_close(y[t:], alone_y[:-t])
+
+
+@every_case
+def test_empty_sequence(case, key, x64):
+    mixer = build(case, key)
+    state = used_state(mixer, key)
+    x, each = jax.tree.map(lambda a: a[:0], inputs(case))
+    for kept in (each, {name: a for name, a in each.items() if name != "reset"}):
+        after, y = quick_jit(mixer.prefill)(state, x, **kept)
+        assert_close(after, state, 0)
+        assert y.shape == quick_jit(mixer)(x, **kept).shape == (0, V if case.tokens else D)
+
+
+@every_case
+def test_vmap(case, key, x64):
+    mixer = build(case, key)
+    states = [used_state(mixer, k) for k in jr.split(key, 3)]
+    examples = [inputs(case, seed) for seed in range(3)]
+    for t, (_, each) in enumerate(examples):
+        each["reset"] = each["reset"].at[3 * t].set(True)
+    batch = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    weights = weights_like(mixer, states[0], *examples[0], key)
+    expected = [run(whole, mixer, s, x, each, weights)[0] for s, (x, each) in zip(states, examples, strict=True)]
+    for way in (whole, steps):
+        got = quick_jit(eqx.filter_vmap(way, in_axes=(None, 0, 0, 0)))(mixer, batch(states), *batch(examples))
+        assert_close(got, batch(expected))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_dtypes_follow_the_parameters(case, dtype, key, x64):
+    """Not the x64 flag, which is on here: recurrent states are at least complex64, all else is `dtype`."""
+    wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    mixer = nn.cast(build(case, key, wide), dtype)
+    x, each = inputs(case, dtype=dtype)
+    state = mixer.init_state()
+    complex_dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype(d) for d in (dtype, complex_dtype, jnp.int32)}
+    for way in (whole, chunks, steps):
+        after, y = eqx.filter_eval_shape(way, mixer, state, x, each)
+        assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+        assert y.dtype == (wide if case.tokens else dtype)
+
+
+@pytest.mark.parametrize("name", ["hyena_3_half_glu2", "language_model"])
+def test_steps_equal_the_whole_in_bfloat16(name, key):
+    mixer = nn.cast(build(CASES[name], key), jnp.bfloat16)
+    x, each = inputs(CASES[name], dtype=jnp.bfloat16)
+    forward = quick_jit(lambda way: way(mixer, mixer.init_state(), x, each)[1].astype(jnp.float32))
+    assert_close(forward(steps), forward(whole), 0.02)

@@ -1,0 +1,363 @@
+"""The state-space step against a complex loop in double precision, through every transformation of JAX."""
+
+import itertools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+import s5eqx
+from s5eqx.ops import ssm, use_backend
+
+native = pytest.mark.skipif(not s5eqx.backends()[0].live, reason=s5eqx.backends()[0].detail)
+BACKENDS = [pytest.param("native", marks=native), "jax"]
+NAMES = ("u", "Lambda_bar", "B_bar", "C", "D", "x0", "gain")
+
+
+class Inputs(NamedTuple):
+    u: np.ndarray
+    Lambda_bar: np.ndarray
+    B_bar: np.ndarray
+    C: np.ndarray
+    D: np.ndarray
+    x0: np.ndarray | None
+    gain: np.ndarray | None = None
+
+
+def draw(batch, length, width=3, states=4, *, varying=False, gain=False, x0=True, seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape)
+    complex_normal = lambda *shape: normal(*shape) + 1j * normal(*shape)
+    a_shape = (length, states) if varying else (states,)
+    return Inputs(
+        normal(*batch, length, width),
+        rng.uniform(0.5, 0.999, a_shape) * np.exp(1j * rng.uniform(0, 6, a_shape)),
+        complex_normal(states, width),
+        complex_normal(width, states),
+        normal(width),
+        complex_normal(*batch, states) if x0 else None,
+        complex_normal(length, states) if gain else None,
+    )
+
+
+def in_dtype(inputs, dtype):
+    """The same numbers in float32 or float64, and complex numbers of the same size."""
+    wide = np.result_type(dtype, np.complex64)
+    return [None if z is None else jnp.asarray(z, wide if np.iscomplexobj(z) else dtype) for z in inputs]
+
+
+def naive(u, Lambda_bar, B_bar, C, D, x0, gain=None, reset=None):
+    """One example, one step at a time, in complex numbers: what `ssm` must equal."""
+    length, states = u.shape[0], B_bar.shape[0]
+    drive = jnp.einsum("pd,ld->lp", B_bar, u.astype(B_bar.dtype))
+    drive = drive if gain is None else gain * drive
+    reset = jnp.zeros(length, bool) if reset is None else reset
+    x0 = jnp.zeros(states, B_bar.dtype) if x0 is None else x0
+
+    def step(x, inputs):
+        a, b, drop = inputs
+        x = jnp.where(drop, b, a * x + b)
+        return x, x
+
+    last, x = jax.lax.scan(step, x0, (jnp.broadcast_to(Lambda_bar, drive.shape), drive, reset))
+    return jnp.einsum("dp,lp->ld", C, x).real + D[None] * u, last
+
+
+def over_batch(axes):
+    """`naive` over the leading axes of u, x0 and reset."""
+
+    def f(u, Lambda_bar, B_bar, C, D, x0, gain=None, reset=None):
+        example = lambda u, x0, reset: naive(u, Lambda_bar, B_bar, C, D, x0, gain, reset)
+        for _ in range(axes):
+            example = jax.vmap(example)
+        return example(u, x0, reset)
+
+    return f
+
+
+def ours(u, Lambda_bar, B_bar, C, D, x0, gain=None, reset=None):
+    return ssm(u, Lambda_bar, B_bar, C, D, x0, gain=gain, reset=reset)
+
+
+def loss_of(f, *fixed):
+    """A real function of all that `f` returns, with a gradient that differs from entry to entry."""
+
+    def loss(*inputs):
+        y, last = f(*inputs, *fixed)
+        weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+        return jnp.sum(weight * jnp.sin(y)) + jnp.sum(jnp.sin(last.real) * jnp.cos(last.imag))
+
+    return loss
+
+
+def value_and_gradients(f, inputs, *fixed):
+    present = tuple(i for i, z in enumerate(inputs) if z is not None)
+    return f(*inputs, *fixed), jax.grad(loss_of(f, *fixed), present)(*inputs)
+
+
+def agree(x, y, tolerance=1e-12):
+    for given, expected in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert given.shape == expected.shape
+        assert relative_error(given, expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, tolerance",
+    [
+        pytest.param("native", "float32", 5e-6, marks=native),
+        pytest.param("native", "float64", 1e-12, marks=native),
+        ("jax", "float64", 1e-12),
+    ],
+)
+@pytest.mark.parametrize(
+    "batch, x0, varying, gain",
+    [
+        ((), True, False, False),
+        ((2, 3), True, False, False),
+        ((3,), False, False, False),
+        ((), True, True, True),
+        ((2, 3), True, True, False),
+        ((3,), False, False, True),
+    ],
+)
+def test_against_the_naive_loop(batch, x0, varying, gain, backend, dtype, tolerance, x64):
+    """y, the last state, and the gradients of everything; with and without resets."""
+    inputs = draw(batch, 11, varying=varying, gain=gain, x0=x0)
+    reset = jnp.asarray(np.random.default_rng(1).random((*batch, 11)) < 0.2)
+    reference = over_batch(len(batch))
+
+    @jax.jit
+    def everything(given, exact):
+        found = value_and_gradients(ours, given, reset), value_and_gradients(ours, given)
+        return found, (value_and_gradients(reference, exact, reset), value_and_gradients(reference, exact))
+
+    with use_backend(backend):
+        found, expected = everything(in_dtype(inputs, dtype), in_dtype(inputs, "float64"))
+    assert found[0][0][0].dtype == dtype and found[0][0][1].dtype == np.result_type(dtype, np.complex64)
+    agree(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("states, width, length", [(1, 1, 1), (67, 5, 2), (16, 3, 2100)])
+def test_sizes(states, width, length, x64):
+    inputs = in_dtype(draw((1,), length, width, states), "float64")
+    agree(*jax.jit(lambda: (value_and_gradients(ours, inputs), value_and_gradients(over_batch(1), inputs)))())
+
+
+def test_numpy_arrays_serve():
+    """Double precision ones too: they become what JAX makes of them."""
+    arrays, reset = draw((2,), 5), np.arange(5) == np.array([[2], [3]])
+    for inputs in (arrays, [np.asarray(z) for z in in_dtype(arrays[:6], "float32")]):
+        found = ours(*inputs, reset=reset)
+        agree(found, ours(*in_dtype(inputs, "float32"), reset=jnp.asarray(reset)), 1e-6)
+        assert all(isinstance(z, jax.Array) for z in found)
+
+
+def test_width_of_the_input_is_the_width_of_the_output():
+    """u in bfloat16 (or another float) gives y in it; the recurrence keeps the precision of the weights."""
+    u, *weights = in_dtype(draw((2,), 9), "float32")
+    for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
+        low = u.astype(dtype)
+        y, last = ours(low, *weights)
+        y_exact, last_exact = ours(low.astype(jnp.float32), *weights)
+        assert y.dtype == dtype and last.dtype == jnp.complex64
+        np.testing.assert_array_equal(last, last_exact)
+        assert relative_error(y.astype(jnp.float32), y_exact) < tolerance
+        assert jax.grad(lambda u: jnp.sum(ours(u, *weights)[0]))(low).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("batch, length", [((2,), 0), ((0,), 5), ((), 0), ((0, 2), 0)])
+def test_empty(batch, length, gain, backend):
+    """Nothing to read: the last state is x0, and passes its gradient on."""
+    inputs = in_dtype(draw(batch, length, gain=gain, varying=gain), "float32")
+    with use_backend(backend):
+        (y, last), pull = jax.vjp(ours, *inputs)
+        cotangents = pull((y, jnp.ones_like(last)))
+    assert y.shape == (*batch, length, 3)
+    for z, ct in zip(inputs, cotangents, strict=True):
+        assert ct is None or ct.shape == z.shape
+    if length == 0:
+        np.testing.assert_array_equal(last, inputs[5])
+        np.testing.assert_array_equal(cotangents[5], np.ones_like(last))
+    assert not any(ct.any() for ct in cotangents[:5])
+
+
+def test_an_infinite_state_keeps_its_other_part():
+    u, Lambda_bar, B_bar, C, D, x0 = in_dtype(draw((), 1), "float32")[:6]
+    _, last = ours(0 * u, jnp.ones_like(Lambda_bar), B_bar, C, D, x0.at[0].set(jax.lax.complex(2.0, jnp.inf)))
+    _, empty = ours(u[:0], Lambda_bar, B_bar, C, D, x0.at[0].set(jax.lax.complex(2.0, jnp.inf)))
+    assert empty[0].real == 2.0 and np.isposinf(last[0].imag) and np.isfinite(last[1:]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_crosses_a_reset(backend):
+    u, *weights, x0, _ = in_dtype(draw((), 9), "float32")
+    reset = jnp.arange(9) == 4
+
+    def after(u, x0):
+        y, last = ours(u, *weights, x0, reset=reset)
+        return jnp.sum(y[4:] ** 2) + jnp.sum(jnp.abs(last) ** 2)
+
+    with use_backend(backend):
+        y, last = ours(u.at[1].set(jnp.nan), *weights, x0, reset=reset)
+        du, dx0 = jax.grad(after, (0, 1))(u, x0)
+        y_fresh, last_fresh = ours(u[4:], *weights, None)
+    assert np.isnan(y[1:4]).all()
+    agree((y[4:], last), (y_fresh, last_fresh), 1e-6)
+    assert not du[:4].any() and not dx0.any() and du[4:].all()
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_check_grads(gain, x64):
+    inputs = [z for z in in_dtype(draw((2,), 4, 2, 2, gain=gain), "float64") if z is not None]
+    check_grads(jax.jit(ours), inputs, order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_over_every_argument(backend, x64):
+    """One argument mapped at a time (x0 alone among them), all of them, all but the weights; gradients inside."""
+    count, length = 3, 6
+    examples = [in_dtype(draw((), length, seed=seed)[:6], "float64") for seed in range(count)]
+    resets = jnp.asarray(np.random.default_rng(0).random((count, length)) < 0.3)
+    stacked = [*map(jnp.stack, zip(*examples, strict=True)), resets]
+    subsets = [{i} for i in range(7)] + [{0, 5}, {0, 6}, {0, 2, 5}, {0, 5, 6}, set(range(7))]
+
+    def everything(f):
+        def example(*inputs):
+            *arrays, reset = inputs
+            return value_and_gradients(f, [*arrays, None], reset)
+
+        results = []
+        for i, subset in enumerate(subsets):
+            axes = tuple(i % z.ndim if k in subset else None for k, z in enumerate(stacked))
+            operands = [z[0] if n is None else jnp.moveaxis(z, 0, n) for z, n in zip(stacked, axes, strict=True)]
+            results.append(jax.vmap(example, in_axes=axes, out_axes=i % 2)(*operands))
+        return results
+
+    with use_backend(backend):
+        found, expected = jax.jit(lambda: (everything(ours), everything(naive)))()
+    agree(found, expected)
+
+
+def test_every_other_transformation(x64):
+    """Per-example gradients, nested maps, jvp, linearize, checkpoint, second derivatives, alone and combined."""
+    inputs = tuple(in_dtype(draw((2, 3), 5)[:6], "float64"))
+    mapped = (0, None, None, None, None, 0)
+    every = tuple(range(6))
+
+    def results(f, whole):
+        loss = loss_of(f)
+        gradient = jax.grad(loss, every)
+        mean = loss_of(jax.vmap(jax.vmap(f, in_axes=mapped), in_axes=mapped, out_axes=1))
+        value, pushed = jax.linearize(mean, *inputs)
+        slope = lambda *z: jax.jvp(mean, z, inputs)[1]
+        rematerialised = jax.grad(jax.checkpoint(loss_of(whole)), every)
+        return [
+            jax.vmap(jax.vmap(gradient, in_axes=mapped), in_axes=mapped)(*inputs),
+            (value, pushed(*inputs)),
+            jax.grad(mean, every)(*inputs),
+            jax.grad(slope, every)(*inputs),
+            jax.jvp(jax.grad(mean, every), inputs, inputs)[1],
+            jax.jvp(rematerialised, inputs, inputs),
+            jax.vmap(jax.vmap(lambda *z: jax.jvp(gradient, z, z)[1], in_axes=mapped), in_axes=mapped)(*inputs),
+            jax.vmap(jax.vmap(lambda *z: jax.jvp(f, z, z), in_axes=mapped), in_axes=mapped)(*inputs),
+        ]
+
+    found, expected = jax.jit(lambda: (results(ours, ours), results(naive, over_batch(2))))()
+    agree(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shard_map_with_replicated_weights(backend, x64):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    one, every = PartitionSpec("d"), PartitionSpec()
+    specs = (one, every, every, every, every, one)
+    inputs = tuple(in_dtype(draw((4,), 5)[:6], "float64"))
+
+    def energy(*z):
+        y, last = ours(*z)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.abs(last))
+
+    local = lambda *z: jax.lax.psum(energy(*z), "d")
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=every)
+    gradient = lambda f: jax.grad(f, tuple(range(6)))
+    within = jax.shard_map(gradient(local), mesh=mesh, in_specs=specs, out_specs=specs)
+
+    expected = jax.jit(lambda: (gradient(energy)(*inputs), jax.jvp(gradient(energy), inputs, inputs)[1]))()
+    with use_backend(backend):
+        agree(jax.jit(lambda: (gradient(sharded)(*inputs), jax.jvp(gradient(sharded), inputs, inputs)[1]))(), expected)
+        agree(jax.jit(within)(*inputs), expected[0])
+
+
+# What is compiled.
+
+
+def test_dense_maths_is_two_dimensional():
+    """However many axes a map adds, forward and backward: a product of rank 3 is several times slower on a CPU."""
+    u, *rest = in_dtype(draw((2, 3), 7)[:6], "float32")
+    mapped = jax.vmap(jax.vmap(ours, in_axes=(0, None, None, None, None, 0)), in_axes=(0, None, None, None, None, 0))
+    text = jax.jit(jax.grad(loss_of(mapped), tuple(range(6)))).lower(u, *rest).compile().as_text()
+    dots = re.findall(r"= \w+\[([\d,]*)\]\S* (?:dot|convolution)\(.*", text)
+    assert len(dots) >= 6, "B u, C x, and for the backward pass two products and two weight gradients"
+    assert all(shape.count(",") == 1 for shape in dots)
+    assert "_batch_dims" not in text and "c64" not in "".join(re.findall(r".* dot\(.*", text))
+
+
+def test_the_choice_of_backend_reaches_the_scan():
+    inputs = in_dtype(draw((), 7)[:6], "float32")
+    gradient = jax.jit(jax.grad(loss_of(ours)))
+    for backend, expected in (("native", s5eqx.backends()[0].live), ("jax", False)):
+        if backend == "native" and not expected:
+            continue
+        with use_backend(backend):
+            text = gradient.lower(*inputs).as_text()
+        assert [f"s5eqx_scan_{name}" in text for name in ("forward", "backward")] == [expected] * 2
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"C": np.complex128}, TypeError, "C in the dtype of B_bar, complex64; got complex128.*Cast"),
+        ({"Lambda_bar": np.complex128}, TypeError, "Lambda_bar in the dtype of B_bar"),
+        ({"x0": np.complex128}, TypeError, "x0 in the dtype of B_bar"),
+        ({"D": np.float64}, TypeError, "D in float32, the real dtype of B_bar; got float64"),
+        ({"u": np.int32}, Exception, "parameter 'u'"),
+        ({"B_bar": np.float32}, Exception, "parameter 'B_bar'"),
+    ],
+)
+def test_dtypes_that_do_not_fit(change, error, message, x64):
+    inputs = dict(zip(NAMES, in_dtype(draw((), 5)[:6], "float32"), strict=False))
+    for name, dtype in change.items():
+        inputs[name] = (inputs[name].real if dtype in (np.float32, np.int32) else inputs[name]).astype(dtype)
+    with pytest.raises(error, match=f"(?s){message}"):
+        ssm(**inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_that_do_not_fit(name):
+    inputs = dict(zip(NAMES, in_dtype(draw((2,), 5, gain=True), "float32"), strict=True))
+    inputs[name] = inputs[name][..., :-1]
+    with pytest.raises(Exception, match=r"(?s)parameter '.*Expected type"):
+        ssm(**inputs)
+
+
+def test_every_pair_of_options_composes():
+    """x0, gain, reset and a varying Lambda_bar: each combination runs, under jit, with the shapes stated."""
+    for varying, gain, x0, reset in itertools.product((False, True), repeat=4):
+        inputs = in_dtype(draw((2,), 4, varying=varying, gain=gain, x0=x0), "float32")
+        flags = jnp.zeros((2, 4), bool) if reset else None
+        y, last = jax.eval_shape(ours, *inputs, flags)
+        assert y.shape == (2, 4, 3) and last.shape == (2, 4) and last.dtype == jnp.complex64

@@ -1,0 +1,301 @@
+"""Parameter groups, schedules, the loss, and the training step."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from s5eqx.data import Batch
+from s5eqx.nn import S5, BidirectionalS5, cast
+from s5eqx.train import (
+    DefaultGroups,
+    PublishedCosine,
+    PublishedGroups,
+    Score,
+    WarmupConstant,
+    WarmupCosine,
+    next_token,
+    score,
+    spectral_radius,
+)
+
+SCHEDULE = WarmupConstant()
+PUBLISHED = PublishedGroups(lr=1e-3, ssm_lr=5e-4, schedule=SCHEDULE)
+DEFAULT = DefaultGroups(lr=1e-3, recurrence_lr=5e-4, schedule=SCHEDULE)
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+# Schedules.
+
+
+def test_the_warm_up_is_part_of_the_steps():
+    rate = WarmupCosine(steps=100, warmup=20, final=0.1)(2.0)
+    assert [float(rate(s)) for s in (0, 10, 20, 60, 100, 200)] == pytest.approx([0, 1, 2, 1.1, 0.2, 0.2])
+
+
+def test_the_published_cosine_ends_a_warm_up_early():
+    rate = PublishedCosine(steps=100, warmup=20)(2.0)
+    assert [float(rate(s)) for s in (0, 10, 20, 50, 80, 100)] == pytest.approx([0, 1, 2, 1, 0, 0], abs=1e-6)
+
+
+def test_schedules_without_warm_up_start_at_the_peak():
+    for schedule in (WarmupCosine(10, 0), PublishedCosine(10, 0), WarmupConstant()):
+        assert float(schedule(0.5)(0.0)) == 0.5
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: WarmupCosine(10, 10), lambda: PublishedCosine(20, 10), lambda: WarmupConstant(-1)]
+)
+def test_a_warm_up_that_does_not_fit_is_refused(make):
+    with pytest.raises(ValueError, match="warmup"):
+        make()
+
+
+# Parameter groups.
+
+
+@pytest.fixture(scope="module")
+def model():
+    return eqx.filter_jit(tiny.language_model)(jr.key(0))
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, PUBLISHED])
+def test_every_trainable_leaf_has_a_label(policy, model):
+    labels = by_path(policy.labels(model))
+    assert labels.keys() == by_path(eqx.filter(model, eqx.is_inexact_array)).keys()
+    assert set(labels.values()) == set(policy.groups)
+    skeleton = eqx.filter_eval_shape(tiny.language_model, jr.key(0))
+    assert by_path(policy.labels(skeleton)) == labels
+
+
+def test_published_labels(model):
+    labels = by_path(PUBLISHED.labels(model))
+    ssm = {path for path, label in labels.items() if label == "ssm"}
+    assert {path.rsplit(".", 1)[-1] for path in ssm} == {"B", "Lambda_re", "Lambda_im"}
+    assert len(ssm) == 3 * 2
+    assert PUBLISHED.groups == {"rest": (1e-3, 0.1), "ssm": (5e-4, 0.0)}
+
+
+def test_default_labels(model):
+    labels, leaves = by_path(DEFAULT.labels(model)), by_path(model)
+    for path, label in labels.items():
+        name = path.rsplit(".", 1)[-1]
+        if name in ("Lambda_re", "Lambda_im", "log_Delta", "B", "C", "D"):
+            assert label == "recurrence", path
+        else:
+            assert label == ("vectors" if leaves[path].ndim < 2 else "matrices"), path
+    assert DEFAULT.groups == {"matrices": (1e-3, 0.1), "vectors": (1e-3, 0.0), "recurrence": (5e-4, 0.0)}
+
+
+def test_labels_reach_into_a_bidirectional_layer(key):
+    layer = BidirectionalS5(4, 4, key=key)
+    published, default = by_path(PUBLISHED.labels(layer)), by_path(DEFAULT.labels(layer))
+    assert {path for path, label in published.items() if label == "ssm"} == {
+        ".forward.B",
+        ".forward.Lambda_re",
+        ".forward.Lambda_im",
+    }
+    assert set(default.values()) == {"recurrence"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_update(optimiser, params):
+    """What a gradient of 1 does at first."""
+    return optimiser.update(jax.tree.map(jnp.ones_like, params), optimiser.init(params), params)[0]
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, PUBLISHED])
+def test_groups_step_at_their_own_rate_and_decay_alone(policy, model):
+    """With a gradient of 1 AdamW begins with -lr (1 + weight_decay p)."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates = first_update(policy.optimiser(model), params)
+    labels, params = by_path(policy.labels(model)), by_path(params)
+    for path, update in by_path(updates).items():
+        lr, weight_decay = policy.groups[labels[path]]
+        expected = -lr * (1 + weight_decay * params[path])
+        np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-5 * lr, err_msg=path)
+
+
+def test_clipping_is_of_the_whole_gradient(key):
+    model = tiny.bigram(key)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    policy = DefaultGroups(lr=1.0, schedule=SCHEDULE, weight_decay=0.0, b1=0.0, b2=0.0, clip_norm=1e-9)
+    updates = first_update(policy.optimiser(model), params)
+    size = sum(p.size for p in jax.tree.leaves(params))
+    clipped = 1e-9 / np.sqrt(size)  # Adam's epsilon is 1e-8: the length of a small gradient shows
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, -clipped / (clipped + 1e-8), rtol=1e-4)
+
+
+def test_complex_leaves_are_refused():
+    with pytest.raises(ValueError, match=r"must be real, but \.weight is complex64"):
+        layer = eqx.nn.Linear(2, 2, dtype=jnp.complex64, key=jr.key(0))
+        DEFAULT.optimiser(layer)
+
+
+# The loss.
+
+
+score = jax.jit(score)
+next_token = eqx.filter_jit(next_token)
+
+
+def test_score_is_the_weighted_mean(key):
+    logits = jr.normal(key, (3, 5, 7))
+    targets = jr.randint(key, (3, 5), 0, 7)
+    weights = jnp.array([[1.0, 0.0, 2.0, 0.5, 1.0]] * 3)
+    given = score(logits, targets, weights)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    nll = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    assert float(given.loss) == pytest.approx(np.average(nll, weights=weights))
+    right = np.asarray(logits).argmax(-1) == targets
+    assert float(given.accuracy) == pytest.approx(np.average(right, weights=weights))
+    parts = score(logits[:1], targets[:1], weights[:1]) + score(logits[1:], targets[1:], weights[1:])
+    assert float(parts.loss) == pytest.approx(float(given.loss))
+
+
+def test_what_has_no_weight_has_no_effect(key):
+    logits = jr.normal(key, (4, 7))
+    targets, weights = jnp.array([1, 2, -100, 3]), jnp.array([1.0, 1.0, 0.0, 0.0])
+    wild = logits.at[2:].set(jnp.nan)
+    loss = lambda logits: score(logits, targets, weights).loss
+    assert loss(wild) == loss(logits)
+    gradient = jax.grad(loss)(wild)
+    np.testing.assert_array_equal(gradient[2:], 0.0)
+    assert np.isfinite(gradient).all()
+    assert float(score(logits, targets, jnp.zeros(4)).loss) == 0.0
+
+
+@pytest.mark.parametrize("dtype, wide", [("bfloat16", "float32"), ("float32", "float32"), ("float64",) * 2])
+def test_the_loss_is_at_least_float32(dtype, wide, x64):
+    given = score(jnp.zeros((2, 3), dtype), jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.float32))
+    assert given.loss.dtype == given.accuracy.dtype == jnp.dtype(wide)
+
+
+def test_a_batch_of_one_is_scored_like_any(key):
+    model = eqx.nn.inference_mode(tiny.bigram(key))
+    batch = tiny.TASK.train(jnp.arange(2))
+    one = lambda i: Batch(*(x[i : i + 1] for x in (batch.inputs, batch.targets, batch.weights)))
+    total: Score = next_token(model, one(0)) + next_token(model, one(1))
+    assert float(total.loss) == pytest.approx(float(next_token(model, batch).loss), rel=1e-6)
+
+
+# The step.
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    return tiny.trainer()
+
+
+def test_leaves_and_state_are_two_views(trainer):
+    leaves = trainer.init()
+    state = trainer.unflatten(leaves)
+    assert all(a is b for a, b in zip(leaves, trainer.flatten(state), strict=True))
+    assert isinstance(state.model, tiny.Bigram)
+    assert int(state.step) == 0
+
+
+def test_a_dispatch_is_so_many_steps_of_plain_optax(trainer):
+    """The same steps one by one, with the module."""
+    policy = tiny.GROUPS
+    state = trainer.unflatten(trainer.init())
+    model, optimiser = state.model, policy.optimiser(state.model)
+    opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def one_step(model, opt_state, batch, key):
+        value_and_grad = eqx.filter_value_and_grad(lambda model: next_token(model, batch, key=key).loss)
+        loss, grads = value_and_grad(model)
+        updates, opt_state = optimiser.update(grads, opt_state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), opt_state, loss, optax.tree.norm(grads)
+
+    losses, norms = [], []
+    for step in range(5):
+        key = jr.fold_in(jr.fold_in(jr.key(0), 1), step)
+        batch = tiny.TASK.train_batch(step, 4)
+        model, opt_state, loss, norm = one_step(model, opt_state, batch, key)
+        losses.append(loss)
+        norms.append(norm)
+
+    leaves, metrics = trainer.run(trainer.init())
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norms, rtol=1e-4)
+    np.testing.assert_allclose(metrics["lr/matrices"], [0.0, 5e-3, 1e-2, 1e-2, 1e-2], rtol=1e-6)
+    assert metrics["accuracy"].shape == (5,)
+    state = trainer.unflatten(leaves)
+    assert int(state.step) == 5
+    for given, expected in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_repeat_bit_for_bit_and_compile_once(trainer):
+    def run():
+        leaves = trainer.init()
+        for _ in range(3):
+            leaves, metrics = trainer.run(leaves)
+        return [*leaves, *metrics.values()]
+
+    for a, b in zip(run(), run(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert trainer._run._cache_size() == 1
+
+
+def test_seeds_differ(trainer):
+    first, second = trainer.init(), tiny.trainer(seed=1).init()
+    assert any((a != b).any() for a, b in zip(first, second, strict=True))
+
+
+def test_the_state_is_donated(trainer):
+    leaves = trainer.init()
+    trainer.run(leaves)
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def test_evaluation_is_of_the_examples_asked_for(trainer):
+    leaves = trainer.init()
+    model = eqx.nn.inference_mode(trainer.unflatten(leaves).model)
+    for count in (7, 23):
+        expected = next_token(model, tiny.TASK.test(jnp.arange(count)))
+        given = trainer.evaluate(leaves, count)
+        assert given["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+        assert given["accuracy"] == pytest.approx(float(expected.accuracy))
+    assert trainer.evaluate(leaves) == trainer.evaluate(leaves, 30) == trainer.evaluate(leaves, 99)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_language_model_learns(batch_size):
+    trainer = tiny.trainer(tiny.language_model, batch_size=batch_size, steps_per_dispatch=100)
+    leaves, first = trainer.run(trainer.init())
+    assert all(not jnp.iscomplexobj(leaf) for leaf in leaves)
+    leaves, second = trainer.run(leaves)
+    assert np.mean(second["loss"][-50:]) < np.mean(first["loss"][:20]) - 0.3
+    C = lambda leaves: trainer.unflatten(leaves).model.backbone.blocks[0].mixer.bank.mixers[0].C
+    assert np.median(np.abs(C(leaves) - C(trainer.init()))) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["batch_size", "steps_per_dispatch"])
+def test_sizes_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        tiny.trainer(**{name: 0})
+
+
+# What is watched.
+
+
+def test_spectral_radius_is_the_largest_of_all_layers(model, key):
+    largest = max(np.abs(block.mixer.bank.mixers[0].discretised()[0]).max() for block in model.backbone.blocks)
+    assert float(spectral_radius(model)) == pytest.approx(largest)
+    assert float(spectral_radius(cast(model, jnp.dtype("bfloat16")))) == pytest.approx(largest)
+    assert spectral_radius(tiny.bigram(key)) is None
+    layer = eqx.tree_at(lambda s5: s5.Lambda_re, S5(4, 8, clip_eigs=False, key=key), jnp.full(4, 0.5))
+    assert float(spectral_radius(layer)) > 1.0

@@ -15,6 +15,7 @@ from s5eqx.data import AssocRecall
 from s5eqx.data.hashing import HashSet, hash_tokens
 from s5eqx.data.permutation import permuted
 
+TASK = AssocRecall(num_test=100)
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "s5" / "synthetic_data.npz"
 
 
@@ -93,26 +94,25 @@ def assert_recall(task, row):
     assert shown[query] == answer
 
 
-@pytest.mark.parametrize("vocab_size, length", [(10, 20), (5, 12), (6, 7), (13, 31), (40, 64)])
+@pytest.mark.parametrize("vocab_size, length", [(10, 20), (5, 12), (13, 31)])
 def test_every_sequence_is_a_recall(vocab_size, length):
-    num_test = 1 if vocab_size == 5 else 50
+    num_test = 1 if vocab_size == 5 else 100
     task = AssocRecall(vocab_size, length, num_test=num_test)
-    for row in [*some_rows(task, 200), *rows_of(task.test(jnp.arange(num_test)))]:
+    for row in [*some_rows(task, 100), *rows_of(task.test(jnp.arange(num_test)))]:
         assert_recall(task, row)
 
 
 def test_targets_are_the_next_tokens():
-    batch = AssocRecall().train(jnp.arange(8))
+    batch = TASK.train(jnp.arange(100))
     np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
     np.testing.assert_array_equal(batch.weights, 1.0)
     assert (batch.inputs.dtype, batch.weights.dtype) == (jnp.int32, jnp.float32)
 
 
 def test_the_test_asks_for_the_answer_alone():
-    task = AssocRecall(num_test=10)
-    batch = task.test(jnp.arange(12))
+    batch = TASK.test(jnp.arange(1, 101))
     np.testing.assert_array_equal(batch.weights[:, :-1], 0.0)
-    np.testing.assert_array_equal(batch.weights[:, -1], [1.0] * 10 + [0.0] * 2)
+    np.testing.assert_array_equal(batch.weights[:, -1], [1.0] * 99 + [0.0])
 
 
 def test_the_test_has_no_sequence_twice():
@@ -141,7 +141,7 @@ def assert_uniform(drawn, low, high):
     assert np.abs(counts - len(drawn) * share).max() < 5 * spread, counts
 
 
-@pytest.mark.parametrize("vocab_size", [10, 13, 20])
+@pytest.mark.parametrize("vocab_size", [10, 13])
 def test_keys_and_values_are_uniform(vocab_size):
     task = AssocRecall(vocab_size, 20, num_test=10)
     rows = some_rows(task, 20_000)
@@ -167,20 +167,18 @@ def test_the_query_is_uniform_among_the_keys_that_occurred():
 
 
 def test_an_example_depends_on_seed_and_number_alone():
-    task = AssocRecall(num_test=100)
-    together = rows_of(task.train(jnp.arange(24)))
-    alone = [rows_of(task.train(jnp.array([i])))[0] for i in (0, 7, 23)]
-    np.testing.assert_array_equal(alone, together[[0, 7, 23]])
-    steps = jax.jit(jax.vmap(lambda step: task.train_batch(step, 8).inputs))(jnp.arange(3))
-    np.testing.assert_array_equal(steps.reshape(24, -1), together[:, :-1])
-    again = rows_of(AssocRecall(num_test=5).train(jnp.arange(24)))
-    np.testing.assert_array_equal(again, together)
+    together = some_rows(TASK, 100)
+    alone = rows_of(TASK.train(jnp.array([23])))
+    np.testing.assert_array_equal(alone[0], together[23])
+    steps = jax.jit(jax.vmap(lambda step: TASK.train_batch(step, 8).inputs))(jnp.arange(3))
+    np.testing.assert_array_equal(steps.reshape(24, -1), together[:24, :-1])
+    other_test = AssocRecall(num_test=5)
+    np.testing.assert_array_equal(some_rows(other_test, 100), together)
 
 
 def test_seeds_and_splits_give_other_examples():
-    task = AssocRecall(num_test=100)
-    rows = {tuple(row) for row in some_rows(task, 100)}
-    others = [rows_of(task.test(jnp.arange(100))), some_rows(AssocRecall(seed=1, num_test=100), 100)]
+    rows = {tuple(row) for row in some_rows(TASK, 100)}
+    others = [rows_of(TASK.test(jnp.arange(100))), some_rows(AssocRecall(seed=1, num_test=100), 100)]
     for other in others:
         assert not rows & set(map(tuple, other))
 
@@ -207,7 +205,7 @@ def test_a_test_sequence_in_training_has_no_weight():
 def test_an_epoch_goes_through_the_set_once_in_a_fresh_order():
     task = AssocRecall(num_examples=60, num_test=10)
     first, second = rows_of(task.train(jnp.arange(120))).reshape(2, 60, -1)
-    endless = some_rows(AssocRecall(num_test=10), 60)
+    endless = some_rows(TASK, 100)[:60]
     as_set = lambda rows: sorted(map(tuple, rows))
     assert as_set(first) == as_set(second) == as_set(endless)
     assert (first != second).any(axis=1).sum() > 40

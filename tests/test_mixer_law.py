@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import quick_jit
 from jax import lax
 
 from s5eqx import models, nn
@@ -111,12 +112,6 @@ def weights_like(mixer, state, x, each, key):
     out = eqx.filter_eval_shape(whole, mixer, state, x, each)
     draw = lambda a: jr.normal(key, a.shape, a.dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else None
     return jax.tree.map(draw, out)
-
-
-quick_jit = functools.partial(
-    eqx.filter_jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
 
 @quick_jit

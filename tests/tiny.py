@@ -37,7 +37,7 @@ def bigram(key):
 
 def language_model(key):
     mixer = lambda key: hyena_s5(8, 8, num_blocks=2, activation=HalfGLU2, key=key)
-    return LanguageModel(10, 8, mixer, num_layers=2, mlp_width=16, dropout=0.1, key=key)
+    return LanguageModel(10, 8, mixer, num_layers=1, mlp_width=16, dropout=0.1, key=key)
 
 
 TASK = AssocRecall(length=8, num_test=30)

@@ -12,7 +12,7 @@ from jax import lax
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
 from s5eqx.models.backbone import Backbone
 from s5eqx.models.init import AbstractInit, DefaultInit
-from s5eqx.nn._check import check_causal
+from s5eqx.nn._check import check_rate
 from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 from s5eqx.nn._random import split
 from s5eqx.nn._run import in_chunks, in_parallel, in_steps
@@ -78,14 +78,13 @@ class LanguageModel(AbstractCausalMixer):
         mixers = _build(mixer, num_layers, mixer_key)
         mlp_keys = jr.split(mlp_key, len(mixers))
         blocks = []
-        for i, (layer, layer_key) in enumerate(zip(mixers, mlp_keys, strict=True)):
-            check_causal(layer, f"The mixer of layer {i}")
+        for layer, layer_key in zip(mixers, mlp_keys, strict=True):
             mlp = MLP(width, mlp_width, key=layer_key)
             blocks.append(Block(layer, mlp, dropout=dropout, drop_path=drop_path))
         # `init` draws the values of the two tables.
         self.embedding = jnp.zeros((vocab_size, width))
         self.positions = None if max_length is None else jnp.zeros((max_length, width))
-        self.embed_dropout = eqx.nn.Dropout(embed_dropout)
+        self.embed_dropout = eqx.nn.Dropout(check_rate(embed_dropout, "embed_dropout"))
         self.backbone = Backbone(width, tuple(blocks))
         drawn = init(self, key=init_key)
         self.embedding, self.positions, self.backbone = drawn.embedding, drawn.positions, drawn.backbone
@@ -179,6 +178,8 @@ def _build(mixer, num_layers, key):
             "whose weights all layers would share. Write `lambda key: ...`."
         )
     if isinstance(mixer, tuple):
+        if not mixer:
+            raise ValueError("A model needs at least one layer; got an empty tuple of mixers.")
         if num_layers not in (None, len(mixer)):
             raise ValueError(
                 f"num_layers={num_layers} must be the number of mixers, or left out; got {len(mixer)} mixers."

@@ -4,31 +4,35 @@ import equinox as eqx
 import jax
 from jax.typing import DTypeLike
 
-from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 
 
-def check_causal(mixer: object, name: str) -> None:
-    """Refuses what cannot stream."""
+def check_mixer(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -> AbstractCausalMixer:
+    """Refuses a mixer that cannot stream, or that does not map (width,) to (width,). Nothing is computed."""
     if not isinstance(mixer, AbstractCausalMixer):
         raise ValueError(
             f"{name} must be causal, an `AbstractCausalMixer` with `init_state`, `prefill` and `step`; got "
             f"{type(mixer).__name__}. A layer that looks ahead, such as `BidirectionalS5`, cannot stream."
         )
-
-
-def check_width(mixer: AbstractCausalMixer, width: int, dtype: DTypeLike, name: str) -> None:
-    """Refuses a mixer that does not map (width,) to (width,). Shapes only: nothing is computed."""
-    mixer = eqx.nn.inference_mode(mixer)
-    x_t = jax.ShapeDtypeStruct((width,), dtype)
+    quiet = eqx.nn.inference_mode(mixer)  # asks for no key
     try:
-        y_t = jax.eval_shape(lambda x_t: mixer.step(mixer.init_state(), x_t)[1], x_t)
+        step = lambda x_t: quiet.step(quiet.init_state(), x_t)[1]
+        y_t = jax.eval_shape(step, jax.ShapeDtypeStruct((width,), dtype))
     except Exception as error:
         raise ValueError(
-            f"{name} must map width {width} to width {width}, but {type(mixer).__name__} refuses such an "
-            "input. Build it with that width."
+            f"{name} must map width {width} to width {width}; {type(mixer).__name__} refuses such an input, as "
+            "shown above. Build it with that width."
         ) from error
     if y_t.shape != (width,):
         raise ValueError(
-            f"{name} must map width {width} to width {width}, but {type(mixer).__name__} returns "
-            f"{y_t.shape}. Build it with that width."
+            f"{name} must map width {width} to width {width}; {type(mixer).__name__} returns {y_t.shape}. Build it "
+            "with that width."
         )
+    return mixer
+
+
+def check_rate(rate: float, name: str) -> float:
+    """Refuses what is no probability to drop something."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} is a probability to drop and lies in [0, 1); got {rate}.")
+    return rate

@@ -1,8 +1,10 @@
 """The law that every layer obeys: parallel, in chunks and step by step are one function."""
 
 import abc
+import functools
 
 import equinox as eqx
+import jax.tree_util as jtu
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree
 
@@ -27,6 +29,20 @@ class AbstractMixer(eqx.Module):
         """The whole sequence in parallel, from the empty state."""
 
 
+class _Scannable:
+    """A method that is hashable once bound, which `jax.lax.scan` asks of its function, and still a PyTree.
+
+    Equinox's own bound methods hash their arrays, which have no hash.
+    """
+
+    def __init__(self, method):
+        functools.update_wrapper(self, method)
+        self._method = method
+
+    def __get__(self, instance, owner=None):
+        return self._method if instance is None else jtu.Partial(self._method, instance)
+
+
 class AbstractCausalMixer(AbstractMixer):
     """A mixer that runs forward in time, and can therefore stream.
 
@@ -34,6 +50,11 @@ class AbstractCausalMixer(AbstractMixer):
     and `jax.lax.scan(mixer.step, mixer.init_state(), x)` give the same output. `reset[t]` drops the
     state that enters step t: what follows equals a new sequence, with gradient exactly zero across.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "step" in cls.__dict__:
+            cls.step = _Scannable(cls.__dict__["step"])
 
     @abc.abstractmethod
     def init_state(self) -> PyTree[Array]:

@@ -5,8 +5,8 @@ from typing import ClassVar
 import equinox as eqx
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
-from s5eqx.nn._check import check_causal, check_width
-from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._check import check_mixer, check_rate
+from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 from s5eqx.nn._random import split
 from s5eqx.nn._run import in_chunks, in_parallel, in_steps
 from s5eqx.nn.mlp import MLP
@@ -35,18 +35,16 @@ class Block(AbstractCausalMixer):
     dropout: eqx.nn.Dropout
     drop_path: StochasticDepth
 
-    def __init__(self, mixer: AbstractCausalMixer, mlp: MLP, *, dropout: float = 0.0, drop_path: float = 0.0):
+    def __init__(self, mixer: AbstractMixer, mlp: MLP, *, dropout: float = 0.0, drop_path: float = 0.0):
         """**Arguments:** `mixer` and `mlp` of one width; `dropout`, the probability to drop an entry of a
         branch; `drop_path`, the probability to drop a branch.
         """
-        width = mlp.fc1.in_features
-        check_causal(mixer, "mixer")
-        check_width(mixer, width, mlp.fc1.weight.dtype, "mixer")
+        width, dtype = mlp.fc1.weight.shape[1], mlp.fc1.weight.dtype
         self.norm1 = eqx.nn.LayerNorm(width)
-        self.mixer = mixer
+        self.mixer = check_mixer(mixer, width, dtype, "mixer")
         self.norm2 = eqx.nn.LayerNorm(width)
         self.mlp = mlp
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = eqx.nn.Dropout(check_rate(dropout, "dropout"))
         self.drop_path = StochasticDepth(drop_path)
 
     @checked

@@ -4,6 +4,7 @@ import abc
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
 
 from s5eqx._typing import Array, Complex, Float, checked
 
@@ -36,9 +37,8 @@ class ZOH(AbstractDiscretisation):
     def __call__(
         self, Lambda: Complex[Array, " P"], Delta: Float[Array, " P"] | Float[Array, "L P"]
     ) -> tuple[Complex[Array, "*L P"], Complex[Array, "*L P"]]:
-        Delta = Delta.astype(Lambda.dtype)
-        z = Delta * jnp.broadcast_to(Lambda, Delta.shape)
-        return jnp.exp(z), Delta * _expm1_over(z)
+        z = _scale(Delta, Lambda)
+        return jnp.exp(z), _scale(Delta, _expm1_over(z))
 
 
 class Bilinear(AbstractDiscretisation):
@@ -53,9 +53,14 @@ class Bilinear(AbstractDiscretisation):
     def __call__(
         self, Lambda: Complex[Array, " P"], Delta: Float[Array, " P"] | Float[Array, "L P"]
     ) -> tuple[Complex[Array, "*L P"], Complex[Array, "*L P"]]:
-        Delta = Delta.astype(Lambda.dtype)
-        half = 0.5 * Delta * jnp.broadcast_to(Lambda, Delta.shape)
-        return (1 + half) / (1 - half), Delta / (1 - half)
+        half = _scale(0.5 * Delta, Lambda)
+        return (1 + half) / (1 - half), _scale(Delta, 1 / (1 - half))
+
+
+def _scale(Delta, z):
+    """`Delta * z` by its parts: inside a loop over steps XLA moves this out, but not a cast to complex."""
+    z = jnp.broadcast_to(z, Delta.shape)
+    return lax.complex(Delta * z.real, Delta * z.imag)
 
 
 def _expm1_over(z):

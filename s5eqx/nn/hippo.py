@@ -7,13 +7,12 @@ Smith et al., "S5" (arXiv 2208.04933), section 4.3 for the blocks.
 """
 
 import numpy as np
-from jaxtyping import Complex128, Float64
 
-from s5eqx._typing import checked
+from s5eqx._typing import Complex, Float, checked
 
 
 @checked
-def hippo_legs_normal(size: int) -> Float64[np.ndarray, "n n"]:
+def hippo_legs_normal(size: int) -> Float[np.ndarray, "n n"]:
     """The normal part `S` of HiPPO-LegS, with `n` and `k` from 0.
 
         S[n, n] = -1/2,   S[n, k] = -sqrt((n + 1/2) (k + 1/2)) for n > k, and + the same for n < k.
@@ -29,9 +28,9 @@ def hippo_legs_normal(size: int) -> Float64[np.ndarray, "n n"]:
 def diagonalise(
     state_size: int, num_blocks: int, *, conj_sym: bool
 ) -> tuple[
-    Complex128[np.ndarray, " P"],
-    Complex128[np.ndarray, "state_size P"],
-    Complex128[np.ndarray, "P state_size"],
+    Complex[np.ndarray, " P"],
+    Complex[np.ndarray, "state_size P"],
+    Complex[np.ndarray, "P state_size"],
 ]:
     """Eigenvalues and eigenvectors of `num_blocks` normal parts of HiPPO-LegS on the diagonal.
 

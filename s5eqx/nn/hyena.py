@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
-from s5eqx.nn._check import check_causal, check_width
+from s5eqx.nn._check import check_mixer, check_rate
 from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._random import split
 from s5eqx.nn._run import in_chunks, in_parallel, in_steps
@@ -91,7 +91,7 @@ class Hyena(AbstractCausalMixer):
         self.short_conv = ShortConv((order + 1) * width, short_filter, key=conv_key) if short_filter else None
         self.bank = bank
         self.activation = activation
-        self.dropout = eqx.nn.Dropout(dropout)
+        self.dropout = eqx.nn.Dropout(check_rate(dropout, "dropout"))
         self.out_proj = eqx.nn.Linear(width, width, key=out_key)
         operators = bank.operators()
         if len(operators) != order - 1:
@@ -100,8 +100,7 @@ class Hyena(AbstractCausalMixer):
                 "Change the bank or the order."
             )
         for o, operator in enumerate(operators):
-            check_causal(operator, f"operator {o} of the bank")
-            check_width(operator, width, self.in_proj.weight.dtype, f"operator {o} of the bank")
+            check_mixer(operator, width, self.in_proj.weight.dtype, f"operator {o} of the bank")
 
     @checked
     def __call__(

@@ -165,8 +165,9 @@ class S5(AbstractCausalMixer):
         u = x_t.astype(self.D.dtype)
         if reset is not None:
             state = jnp.where(reset, jnp.zeros_like(state), state)
-        state = Lambda_bar * state + gain * lax.complex(self.B[..., 0] @ u, self.B[..., 1] @ u)
-        y = self._factor * (self.C[..., 0] @ state.real - self.C[..., 1] @ state.imag) + self.D * u
+        state = Lambda_bar * state + gain * as_complex(jnp.tensordot(self.B, u, axes=(1, 0)))
+        parts = jnp.stack([state.real, -state.imag], axis=-1)
+        y = self._factor * jnp.tensordot(self.C, parts, axes=2) + self.D * u
         return state, self.activation(y.astype(x_t.dtype))
 
     @property

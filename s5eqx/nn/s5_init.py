@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Complex128
 
-from s5eqx._typing import Array, Float, PRNGKeyArray, checked
+from s5eqx._typing import Array, Complex, Float, PRNGKeyArray, checked
 from s5eqx.nn._random import truncated_normal
 
 
@@ -19,7 +18,7 @@ class AbstractCInit(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
+        self, V: Complex[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         """`C` in the basis of the eigenvectors `V`, as pairs (re, im). `N` real states; `P` kept."""
 
@@ -29,7 +28,7 @@ class TruncatedNormal(AbstractCInit):
 
     @checked
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
+        self, V: Complex[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         return _in_eigenbasis(key, V, width, 1 / len(V), dtype)
 
@@ -39,7 +38,7 @@ class LecunNormal(AbstractCInit):
 
     @checked
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
+        self, V: Complex[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         return _in_eigenbasis(key, V, width, 1 / (len(V) * width), dtype)
 
@@ -53,13 +52,13 @@ class ComplexNormal(AbstractCInit):
 
     @checked
     def __call__(
-        self, V: Complex128[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
+        self, V: Complex[np.ndarray, "N P"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
     ) -> Float[Array, "D P 2"]:
         return math.sqrt(0.5) * jr.normal(key, (width, V.shape[1], 2), dtype)
 
 
 def init_B(
-    Vinv: Complex128[np.ndarray, "P N"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
+    Vinv: Complex[np.ndarray, "P N"], width: int, *, dtype: DTypeLike, key: PRNGKeyArray
 ) -> Float[Array, "P D 2"]:
     """A real matrix `(N, D)` of truncated normals with variance `1 / N`, in the basis of the eigenvectors."""
     B = truncated_normal(key, (Vinv.shape[1], width), 1 / Vinv.shape[1], dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from s5eqx._typing import Array, Float, PRNGKeyArray, checked
+from s5eqx.nn._check import check_rate
 
 
 class StochasticDepth(eqx.Module):
@@ -20,9 +21,7 @@ class StochasticDepth(eqx.Module):
 
     def __init__(self, rate: float = 0.0, inference: bool = False):
         """**Arguments:** `rate`, the probability `p` to drop, in `[0, 1)`; `inference`, never drop."""
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate is the probability to drop a branch and lies in [0, 1); got {rate}.")
-        self.rate = rate
+        self.rate = check_rate(rate, "rate")
         self.inference = inference
 
     @checked

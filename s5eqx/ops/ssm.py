@@ -1,6 +1,7 @@
 """The whole state-space step: input projection, scan, read-out and skip."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from s5eqx._typing import Array, Bool, Complex, Float, checked
 from s5eqx.ops._backend import current_backend
@@ -63,17 +64,17 @@ def ssm(
     else:
         y, last = _varying(drive, a, w_in, w_out, D, start, flags if reset is not None else None, gain)
     y = y.reshape(u.shape).astype(u.dtype)
-    return y, (last[..., 0] + 1j * last[..., 1]).reshape(*batch, states)
+    return y, lax.complex(last[..., 0], last[..., 1]).reshape(*batch, states)
 
 
 def _varying(u, a, w_in, w_out, D, x0, reset, gain):
     rows, length, _ = u.shape
     drive = (u @ w_in).reshape(rows, length, *a.shape[-2:])
     if gain is not None:
-        re, im = gain.real, gain.imag
+        re, im = gain.real[None], gain.imag[None]
         drive = jnp.stack([drive[..., 0] * re - drive[..., 1] * im, drive[..., 0] * im + drive[..., 1] * re], axis=-1)
     x = diagonal_scan_pairs(a, drive, x0, reset=reset)
-    y = x.reshape(rows, length, -1) @ w_out + D * u
+    y = x.reshape(rows, length, len(w_out)) @ w_out + D[None, None] * u
     return y, (x[:, -1] if length else x0)
 
 

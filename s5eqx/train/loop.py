@@ -113,7 +113,10 @@ def fit(
             state = trainer.unflatten(leaves)
             files.save(step, state, history=diary.history, seconds=time.perf_counter() - began)
 
-        while step < steps and not asked and not (target is not None and target.reached(diary.history)):
+        def done():
+            return step >= steps or (target is not None and target.reached(diary.history))
+
+        while not done() and not asked:
             since = time.perf_counter()
             leaves, metrics = trainer.run(leaves)
             step += stride
@@ -135,5 +138,5 @@ def fit(
             history=diary.history,
             seconds=time.perf_counter() - began,
             steps_per_second=diary.steps_per_second,
-            interrupted=bool(asked) and step < steps,
+            interrupted=bool(asked) and not done(),
         )

@@ -69,13 +69,13 @@ class Settings:
     """Largest initial time step, in units of the input interval."""
     batch_size: int = 16
     """Sequences a step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate, a step."""
     weight_decay: float = 0.1
     """AdamW's decay of the decaying group, a unit of learning rate."""
-    steps: int = 8000
+    steps: int = 6000
     """Training steps."""
-    warmup: int = 400
+    warmup: int = 300
     """Steps of linear warm-up, before a cosine to zero."""
     published: bool = False
     """Initialisation, groups and schedule of the S5 branch in place of the library's."""
@@ -93,7 +93,7 @@ class Settings:
     """Chooses the data and the initial weights."""
 
 
-PUBLISHED = Settings(num_examples=4000, num_test=500, batch_size=4, steps=50_000, warmup=5000, published=True)
+PUBLISHED = Settings(num_examples=4000, num_test=500, batch_size=4, lr=1e-3, steps=50_000, warmup=5000, published=True)
 LONG = dataclasses.replace(
     PUBLISHED, length=131_072, batch_size=16, steps_per_dispatch=1, log_every=10, eval_batch_size=2
 )

@@ -112,7 +112,7 @@ def main(settings: Settings):
     if settings.child:
         print(json.dumps(measure_speed(settings.repeats)))
         return
-    result = {"where": where()}
+    result: dict = {"where": where()}
     print(f"{result['where']}\ncomplex64, time-invariant\n")
     arguments = ["--child", "--repeats", str(settings.repeats)]
     for name, tuned in (("tuned", True), ("default", False)):

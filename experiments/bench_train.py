@@ -12,6 +12,7 @@ cores. `--json FILE` keeps the numbers, `--tuned` sets the allocator as in `_tim
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -51,7 +52,7 @@ class Twin(AbstractCausalMixer):
     recurrence: ClassVar[tuple[str, ...]] = ()
 
     layer: AbstractCausalMixer
-    parallel: object = eqx.field(static=True)
+    parallel: Callable = eqx.field(static=True)
 
     def __call__(self, x, *, reset=None, key=None):
         return self.parallel(self.layer, x)
@@ -113,7 +114,7 @@ def training(length, vocab_size, batch_size, steps, repeats):
         groups = DefaultGroups(1e-3, WarmupCosine(100_000, 1000))
         trainer = Trainer(partial(builder, vocab_size), task, groups, batch_size=batch_size, steps_per_dispatch=steps)
         run = jax.jit(lambda leaves, trainer=trainer: trainer.run(leaves)).lower(trainer.init()).compile()
-        temporaries[name] = run.memory_analysis().temp_size_in_bytes
+        temporaries[name] = run.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
         programs[name] = partial(run, trainer.init())
         losses[name] = np.asarray(programs[name]()[1]["loss"])
     np.testing.assert_allclose(*losses.values(), rtol=1e-3)
@@ -157,9 +158,8 @@ def measure(settings):
 
 
 def report(result):
-    print(
-        f"{'training step':<20}{'s5eqx':>12}{'as written':>12}{'speed':>8}{'temporaries':>16}{'as written':>12}{'ratio':>8}"
-    )
+    columns = f"{'s5eqx':>12}{'as written':>12}{'speed':>8}{'temporaries':>16}{'as written':>12}{'ratio':>8}"
+    print(f"{'training step':<20}{columns}")
     for row in result["training"]:
         ours, twin = (1e3 * row["seconds"][name] / row["steps"] for name in BUILDERS)
         bytes_ours, bytes_twin = (row["temporaries"][name] / 2**20 for name in BUILDERS)

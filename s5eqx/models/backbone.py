@@ -23,10 +23,9 @@ class Backbone(AbstractCausalMixer):
     def __init__(self, width: int, blocks: tuple[Block, ...]):
         """**Arguments:** `blocks` of this `width`, the one that is applied first in front."""
         for i, block in enumerate(blocks):
-            if block.mlp.fc1.in_features != width:
-                raise ValueError(
-                    f"Every block must have the backbone's width {width}; block {i} has {block.mlp.fc1.in_features}."
-                )
+            given = block.mlp.fc1.weight.shape[1]
+            if given != width:
+                raise ValueError(f"Every block must have the backbone's width {width}; block {i} has {given}.")
         self.blocks = tuple(blocks)
         self.norm = eqx.nn.LayerNorm(width)
 

@@ -1,7 +1,6 @@
 """The law that every layer obeys: parallel, in chunks and step by step are one function."""
 
 import abc
-import functools
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -36,11 +35,10 @@ class _Scannable:
     """
 
     def __init__(self, method):
-        functools.update_wrapper(self, method)
-        self._method = method
+        self.__doc__, self.__wrapped__ = method.__doc__, method
 
     def __get__(self, instance, owner=None):
-        return self._method if instance is None else jtu.Partial(self._method, instance)
+        return self.__wrapped__ if instance is None else jtu.Partial(self.__wrapped__, instance)
 
 
 class AbstractCausalMixer(AbstractMixer):
@@ -54,7 +52,7 @@ class AbstractCausalMixer(AbstractMixer):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "step" in cls.__dict__:
-            cls.step = _Scannable(cls.__dict__["step"])
+            cls.step = _Scannable(cls.__dict__["step"])  # pyright: ignore[reportAttributeAccessIssue]
 
     @abc.abstractmethod
     def init_state(self) -> PyTree[Array]:

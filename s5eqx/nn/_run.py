@@ -6,10 +6,10 @@ its parts, and gets `__call__`, `prefill` and `step` from the three functions he
 
 from collections.abc import Callable
 
-from s5eqx._typing import Array, Bool, PyTree
+from s5eqx._typing import Array, Bool, PRNGKeyArray, PyTree
 from s5eqx.nn._mixer import AbstractCausalMixer
 
-Run = Callable[[AbstractCausalMixer, PyTree[Array], Array, Array | None], tuple[PyTree[Array], Array]]
+Run = Callable[[AbstractCausalMixer, PyTree[Array], Array, PRNGKeyArray | None], tuple[PyTree[Array], Array]]
 
 
 def in_parallel(reset: Bool[Array, " L"] | None) -> Run:

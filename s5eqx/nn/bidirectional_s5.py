@@ -87,4 +87,5 @@ class BidirectionalS5(AbstractMixer):
 
 
 def _linear(s5, x, reset):
-    return ops.ssm(x, *s5.discretised(), s5.D, reset=reset)[0]
+    Lambda_bar, B_bar, C = s5.discretised()
+    return ops.ssm(x, Lambda_bar, B_bar, C, s5.D, reset=reset)[0]

@@ -7,6 +7,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -97,8 +98,8 @@ class S5(AbstractCausalMixer):
             )
         Lambda, V, Vinv = diagonalise(state_size, num_blocks, conj_sym=conj_sym)
         B_key, C_key, D_key, Delta_key = jr.split(key, 4)
-        self.Lambda_re = jnp.asarray(Lambda.real, dtype)
-        self.Lambda_im = jnp.asarray(Lambda.imag, dtype)
+        self.Lambda_re = jnp.asarray(np.real(Lambda), dtype)
+        self.Lambda_im = jnp.asarray(np.imag(Lambda), dtype)
         self.log_Delta = jr.uniform(Delta_key, Lambda.shape, dtype, math.log(dt_min), math.log(dt_max))
         self.B = init_B(Vinv, width, dtype=dtype, key=B_key)
         self.C = C_init(V, width, dtype=dtype, key=C_key)
@@ -166,7 +167,7 @@ class S5(AbstractCausalMixer):
         if reset is not None:
             state = jnp.where(reset, jnp.zeros_like(state), state)
         state = Lambda_bar * state + gain * as_complex(jnp.tensordot(self.B, u, axes=(1, 0)))
-        parts = jnp.stack([state.real, -state.imag], axis=-1)
+        parts = jnp.stack([jnp.real(state), -jnp.imag(state)], axis=-1)
         y = self._factor * jnp.tensordot(self.C, parts, axes=2) + self.D * u
         return state, self.activation(y.astype(x_t.dtype))
 

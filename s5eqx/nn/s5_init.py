@@ -62,10 +62,10 @@ def init_B(
 ) -> Float[Array, "P D 2"]:
     """A real matrix `(N, D)` of truncated normals with variance `1 / N`, in the basis of the eigenvectors."""
     B = truncated_normal(key, (Vinv.shape[1], width), 1 / Vinv.shape[1], dtype)
-    return jnp.stack([Vinv.real.astype(dtype) @ B, Vinv.imag.astype(dtype) @ B], axis=-1)
+    return jnp.stack([np.real(Vinv).astype(dtype) @ B, np.imag(Vinv).astype(dtype) @ B], axis=-1)
 
 
 def _in_eigenbasis(key, V, width, variance, dtype):
     re, im = truncated_normal(key, (2, width, len(V)), variance, dtype)
-    V_re, V_im = V.real.astype(dtype), V.imag.astype(dtype)
+    V_re, V_im = np.real(V).astype(dtype), np.imag(V).astype(dtype)
     return jnp.stack([re @ V_re - im @ V_im, re @ V_im + im @ V_re], axis=-1)

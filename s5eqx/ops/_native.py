@@ -28,8 +28,8 @@ class NativeBackend:
 
 def _runtime_ffi_api() -> tuple[int, int]:
     header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
-    major, minor = (int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
-    return major, minor
+    numbers = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return int(numbers["MAJOR"]), int(numbers["MINOR"])
 
 
 def _why_absent(name: str) -> str:

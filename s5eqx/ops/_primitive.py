@@ -22,10 +22,12 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def _vary_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # jax < 0.9
 
 
-def bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax.Array]:
+def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]:
     """Binds with all operands lifted to the union of their varying axes.
 
     The lift's transpose is the sum over devices that the gradient of a replicated operand needs. Without it

@@ -28,7 +28,7 @@ def _flags(reset: jax.Array, b: jax.Array) -> jax.Array:
 def loop(a, b, x0, reset, *, reverse: bool, pairs: bool, backend: str = "jax") -> list[jax.Array]:
     """x[t] = a[t] x[t-1] + b[t], one step after the other; a reset selects b[t]."""
     if pairs:
-        (x,) = loop(*map(_as_complex, (a, b, x0)), reset, reverse=reverse, pairs=False)
+        (x,) = loop(_as_complex(a), _as_complex(b), _as_complex(x0), reset, reverse=reverse, pairs=False)
         return [_as_pairs(x)]
 
     def step(x, inputs):
@@ -44,7 +44,7 @@ def loop(a, b, x0, reset, *, reverse: bool, pairs: bool, backend: str = "jax") -
 def blocked(a, b, x0, reset, *, reverse: bool, pairs: bool, backend: str = "jax") -> list[jax.Array]:
     """The same, as an associative scan inside blocks and a loop over the blocks: parallel, and bounded in depth."""
     if pairs:
-        (x,) = blocked(*map(_as_complex, (a, b, x0)), reset, reverse=reverse, pairs=False)
+        (x,) = blocked(_as_complex(a), _as_complex(b), _as_complex(x0), reset, reverse=reverse, pairs=False)
         return [_as_pairs(x)]
     batch, length, _ = b.shape
     a = jnp.broadcast_to(a, b.shape)

@@ -76,16 +76,15 @@ def _backward(u, a, w_in, w_out, skip, x0, reset, x, g, g_last, *, backend):
     ]
 
 
-def _states(u, a, w_in, w_out, skip, x0, reset, backend):
-    return _forward(u, a, w_in, w_out, skip, x0, reset, backend=backend)[2]
+def _anew(function):
+    """`function` with the states computed again from the inputs, so that it may be differentiated."""
 
+    def from_inputs(*operands, backend):
+        inputs, others = operands[:7], operands[8:]
+        _, _, states = _forward(*inputs, backend=backend)
+        return function(*inputs, states, *others, backend=backend)
 
-def _tangent_anew(*operands, backend):
-    return _tangent(*operands[:7], _states(*operands[:7], backend), *operands[8:], backend=backend)
-
-
-def _backward_anew(*operands, backend):
-    return _backward(*operands[:7], _states(*operands[:7], backend), *operands[8:], backend=backend)
+    return from_inputs
 
 
 ssm_p = new_primitive(
@@ -111,8 +110,8 @@ fold_batches(ssm_p, batched=0, shareable=(6,), unbatched=(1, 2, 3, 4), reference
 fold_batches(tangent_p, batched=0, shareable=(6,), unbatched=(1, 2, 3, 4, 9, 10, 11, 12), reference=_tangent)
 map_reference(backward_p, _backward)  # its results are sums over the batch: folding would mix them
 
-differentiate_by(tangent_p, _tangent_anew)
-differentiate_by(backward_p, _backward_anew)
+differentiate_by(tangent_p, _anew(_tangent))
+differentiate_by(backward_p, _anew(_backward))
 
 
 def _ssm_jvp(primals, tangents, *, backend):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import quick_jit
 
 from s5eqx import nn
 
@@ -142,33 +143,37 @@ def test_stochastic_depth(key):
 
 
 def test_block_drops_each_branch_as_a_whole(key):
-    """With both branches kept or dropped there are four outputs, and their mean is near the plain block."""
+    """It is the plain block with each branch dropped or doubled: four outputs, equally likely."""
     key1, key2, key = jr.split(key, 3)
     mixer, mlp = nn.ShortConv(D, 3, key=key1), nn.MLP(D, 8, key=key2)
+    plain, block = nn.Block(mixer, mlp), nn.Block(mixer, mlp, drop_path=0.5)
     x = jnp.asarray(rows(), jnp.float32)
-    plain = nn.Block(mixer, mlp)
-    h = x + mixer(nn.layer_norm(plain.norm1, x))
-    np.testing.assert_allclose(plain(x), h + mlp(nn.layer_norm(plain.norm2, h)), atol=1e-6)
 
-    branch = lambda x, keep: x + keep / 0.5 * mixer(nn.layer_norm(plain.norm1, x))
-    after = lambda h, keep: h + keep / 0.5 * mlp(nn.layer_norm(plain.norm2, h))
-    outcomes = jnp.stack([after(branch(x, i), j) for i in (0, 1) for j in (0, 1)])
-    block = nn.Block(mixer, mlp, drop_path=0.5)
-    out = jax.vmap(lambda k: block(x, key=k))(jr.split(key, 400))
-    hits = jnp.all(jnp.isclose(out[:, None], outcomes[None], atol=1e-5), axis=(2, 3))
-    assert jnp.all(jnp.sum(hits, axis=1) == 1)
-    assert jnp.all(jnp.abs(jnp.mean(hits.astype(float), axis=0) - 0.25) < 0.1)
-    np.testing.assert_array_equal(eqx.nn.inference_mode(block)(x), plain(x))
+    @quick_jit
+    def residual(scale1, scale2):
+        h = x + scale1 * mixer(nn.layer_norm(plain.norm1, x))
+        return h + scale2 * mlp(nn.layer_norm(plain.norm2, h))
+
+    expected = residual(jnp.ones(()), jnp.ones(()))
+    for model in (plain, eqx.nn.inference_mode(block)):
+        np.testing.assert_allclose(quick_jit(model)(x), expected, atol=1e-5)
+    outcomes = jnp.stack([residual(jnp.asarray(i), jnp.asarray(j)) for i in (0.0, 2.0) for j in (0.0, 2.0)])
+    out = quick_jit(jax.vmap(lambda k: block(x, key=k)))(jr.split(key, 400))
+    hits = np.all(np.isclose(out[:, None], outcomes[None], atol=1e-5), axis=(2, 3))
+    assert np.all(hits.sum(axis=1) == 1)
+    np.testing.assert_allclose(hits.mean(axis=0), 0.25, atol=0.1)
 
 
 def test_hyena_dropout_acts_on_the_products(key):
     layer = nn.hyena_s5(D, 8, order=3, dropout=0.4, key=key)
     x = jnp.asarray(rows(), jnp.float32)
-    assert not jnp.allclose(layer(x, key=key), layer(x, key=jr.key(1)))
-    np.testing.assert_array_equal(layer(x, key=key), layer(x, key=key))
+    call = quick_jit(lambda key: layer(x, key=key))
+    np.testing.assert_array_equal(call(key), call(key))
+    assert not np.allclose(call(key), call(jr.key(1)))
     with pytest.raises(RuntimeError, match="key"):
         layer(x)
-    np.testing.assert_array_equal(eqx.nn.inference_mode(layer)(x), eqx.tree_at(lambda h: h.dropout.p, layer, 0.0)(x))
+    silent, without = eqx.nn.inference_mode(layer), eqx.tree_at(lambda h: h.dropout.p, layer, 0.0)
+    np.testing.assert_allclose(quick_jit(silent)(x), quick_jit(without)(x), atol=1e-6)
 
 
 def test_cast_and_mask_keep_the_recurrence(key):

@@ -173,7 +173,7 @@ def test_width_of_the_input_is_the_width_of_the_output():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gain", [False, True])
-@pytest.mark.parametrize("batch, length", [((2,), 0), ((0,), 5), ((), 0), ((0, 2), 0)])
+@pytest.mark.parametrize("batch, length", [((2,), 0), ((0,), 5), ((), 0)])
 def test_empty(batch, length, gain, backend):
     """Nothing to read: the last state is x0, and passes its gradient on."""
     inputs = in_dtype(draw(batch, length, gain=gain, varying=gain), "float32")
@@ -205,10 +205,13 @@ def test_nothing_crosses_a_reset(backend):
         y, last = ours(u, *weights, x0, reset=reset)
         return jnp.sum(y[4:] ** 2) + jnp.sum(jnp.abs(last) ** 2)
 
+    @jax.jit
+    def results():
+        spoilt = ours(u.at[1].set(jnp.nan), *weights, x0, reset=reset)
+        return spoilt, jax.grad(after, (0, 1))(u, x0), ours(u[4:], *weights, None)
+
     with use_backend(backend):
-        y, last = ours(u.at[1].set(jnp.nan), *weights, x0, reset=reset)
-        du, dx0 = jax.grad(after, (0, 1))(u, x0)
-        y_fresh, last_fresh = ours(u[4:], *weights, None)
+        (y, last), (du, dx0), (y_fresh, last_fresh) = results()
     assert np.isnan(y[1:4]).all()
     agree((y[4:], last), (y_fresh, last_fresh), 1e-6)
     assert not du[:4].any() and not dx0.any() and du[4:].all()

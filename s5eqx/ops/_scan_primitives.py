@@ -56,13 +56,16 @@ def _kept(reset, x, values):
 
 def _adjoint(a, g, reset, *, reverse, pairs, backend):
     """Cotangents of b and x0, by the scan that runs the other way with the multipliers one step later."""
+    nothing = jnp.zeros((g.shape[0], *g.shape[2:]), g.dtype)
+    if g.shape[1] == 0:
+        return g, nothing
     m = _conjugate(a, pairs)
     if a.shape[1] > 1:
         m = _delayed(m, jnp.zeros_like(m[:, :1]), not reverse)
     flags = reset
     if reset.shape[1] == g.shape[1]:
         flags = _delayed(reset, jnp.zeros_like(reset[:, :1]), not reverse)
-    (cotangent,) = bind(scan_p, m, g, jnp.zeros_like(g[:, 0]), flags, reverse=not reverse, pairs=pairs, backend=backend)
+    (cotangent,) = bind(scan_p, m, g, nothing, flags, reverse=not reverse, pairs=pairs, backend=backend)
     first = slice(-1, None) if reverse else slice(0, 1)
     entering = _multiply(
         jnp.broadcast_to(_conjugate(a, pairs)[:, first], g[:, first].shape), cotangent[:, first], pairs

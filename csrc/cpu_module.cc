@@ -34,7 +34,7 @@ ffi::Error guarded(F f) {
 
 ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
                    ffi::Result<ffi::AnyBuffer> x, bool reverse, bool pairs) {
-  ScanChecker check(b, pairs, reverse);
+  ScanChecker check("b", b, pairs, reverse);
   check.multiplier("a", a);
   check.state("x0", x0);
   const uint8_t* const flags = check.reset(reset);
@@ -50,7 +50,7 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi
 ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
                     ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> lambda, ffi::Result<ffi::AnyBuffer> da,
                     ffi::Result<ffi::AnyBuffer> dx0, bool reverse, bool pairs) {
-  ScanChecker check(g, pairs, reverse);
+  ScanChecker check("g", g, pairs, reverse);
   check.multiplier("a", a);
   check.like_b("x", x);
   check.state("x0", x0);

@@ -47,14 +47,16 @@ void sweep(const ForwardSweep<double>& k, bool c) { sweeps().forward_f64(k, c); 
 void sweep(const BackwardSweep<float>& k, bool c) { sweeps().backward_f32(k, c); }
 void sweep(const BackwardSweep<double>& k, bool c) { sweeps().backward_f64(k, c); }
 
-// out = m * s + r, elementwise.
+// out = m * s + r, elementwise. Where s = 0 it is r, also if m, the power of a growing multiplier, is infinite.
 void multiply_add(const double* m, const double* s, const double* r, double* out, int64_t width, bool is_complex) {
   if (!is_complex) {
-    for (int64_t p = 0; p < width; ++p) out[p] = m[p] * s[p] + r[p];
+    for (int64_t p = 0; p < width; ++p) out[p] = s[p] == 0 ? r[p] : m[p] * s[p] + r[p];
     return;
   }
   for (int64_t p = 0; p < width; p += 2) {
-    const double re = m[p] * s[p] - m[p + 1] * s[p + 1], im = m[p] * s[p + 1] + m[p + 1] * s[p];
+    const bool zero = s[p] == 0 && s[p + 1] == 0;
+    const double re = zero ? 0.0 : m[p] * s[p] - m[p + 1] * s[p + 1];
+    const double im = zero ? 0.0 : m[p] * s[p + 1] + m[p + 1] * s[p];
     out[p] = re + r[p];
     out[p + 1] = im + r[p + 1];
   }

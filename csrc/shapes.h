@@ -20,12 +20,12 @@ inline std::string show(const ffi::AnyBuffer& buffer) {
 // The first complaint is kept; `shape` is the problem that the operands describe.
 class ScanChecker {
  public:
-  // `b` sets the sizes: (B, L, P), or (B, L, P, 2) for float pairs.
-  ScanChecker(const ffi::AnyBuffer& b, bool pairs, bool reverse) : type_(b.element_type()), pairs_(pairs) {
+  // `b`, or whatever stands in its place, sets the sizes: (B, L, P), or (B, L, P, 2) for float pairs.
+  ScanChecker(const char* name, const ffi::AnyBuffer& b, bool pairs, bool reverse) : lead_(name), type_(b.element_type()), pairs_(pairs) {
     const auto dims = b.dimensions();
     const bool is_real = type_ == ffi::F32 || type_ == ffi::F64, is_complex = type_ == ffi::C64 || type_ == ffi::C128;
-    require(is_real || (is_complex && !pairs), "b", b, pairs ? "a real type" : "float32, float64, complex64 or complex128");
-    require(dims.size() == (pairs ? 4u : 3u) && (!pairs || dims[3] == 2), "b", b, pairs ? "(B, L, P, 2)" : "(B, L, P)");
+    require(is_real || (is_complex && !pairs), name, b, pairs ? "a real type" : "float32, float64, complex64 or complex128");
+    require(dims.size() == (pairs ? 4u : 3u) && (!pairs || dims[3] == 2), name, b, pairs ? "(B, L, P, 2)" : "(B, L, P)");
     if (!message_.empty()) return;
     states_ = dims[2];
     const int64_t scalars = is_complex || pairs ? 2 : 1;
@@ -49,7 +49,7 @@ class ScanChecker {
     const auto dims = x.dimensions();
     require(x.element_type() == type_ && dims.size() == (pairs_ ? 3u : 2u) && dims[0] == shape.batch && dims[1] == states_ &&
                 (!pairs_ || dims[2] == 2),
-            name, x, "(B, P), of the type of b");
+            name, x, "(B, P), of the type of " + lead_);
   }
   // The cotangent of a: one a batch row, even where a is shared.
   void multiplier_cotangent(const char* name, const ffi::AnyBuffer& da) {
@@ -76,20 +76,21 @@ class ScanChecker {
   bool same_kind(const char* name, const ffi::AnyBuffer& x) {
     if (!message_.empty()) return false;
     const auto dims = x.dimensions();
-    require(x.element_type() == type_, name, x, "the type of b");
-    require(dims.size() == (pairs_ ? 4u : 3u) && (!pairs_ || dims[3] == 2), name, x, "the rank of b");
+    require(x.element_type() == type_, name, x, "of the type of " + lead_);
+    require(dims.size() == (pairs_ ? 4u : 3u) && (!pairs_ || dims[3] == 2), name, x, "of the rank of " + lead_);
     return message_.empty();
   }
   void exactly(const char* name, const ffi::AnyBuffer& x, int64_t batch, int64_t length) {
     if (!same_kind(name, x)) return;
     const auto dims = x.dimensions();
-    require(dims[0] == batch && dims[1] == length && dims[2] == states_, name, x, "a shape that follows from b and a");
+    require(dims[0] == batch && dims[1] == length && dims[2] == states_, name, x, "of a shape that follows from a and " + lead_);
   }
-  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const char* what) {
+  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const std::string& what) {
     if (ok || !message_.empty()) return;
     message_ = std::string("s5eqx scan: ") + name + " must be " + what + "; got " + show(x);
   }
 
+  std::string lead_;
   ffi::DataType type_;
   bool pairs_;
   int64_t states_ = 0;

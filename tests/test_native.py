@@ -128,7 +128,7 @@ def test_importing_s5eqx_imports_no_training_tools():
 
 
 EVERY_KERNEL = """
-import s5eqx, test_scan as t
+import s5eqx, scan_problems as t
 for layout in map(t.LAYOUTS.get, ("float32", "float64", "complex64", "pairs64")):
     t.check(layout, [
         t.problem(layout, (1,), 7, states, a=a, reset=(7,), reverse=states % 2 == 0)

@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import quick_jit, relative_error
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
+from scan_problems import BACKENDS, native
 
 import s5eqx
 from s5eqx.ops import ssm, use_backend
 
-native = pytest.mark.skipif(not s5eqx.backends()[0].live, reason=s5eqx.backends()[0].detail)
-BACKENDS = [pytest.param("native", marks=native), "jax"]
 NAMES = ("u", "Lambda_bar", "B_bar", "C", "D", "x0", "gain")
 
 
@@ -132,7 +131,7 @@ def test_against_the_naive_loop(batch, x0, varying, gain, backend, dtype, tolera
     reset = jnp.asarray(np.random.default_rng(1).random((*batch, 11)) < 0.2)
     reference = over_batch(len(batch))
 
-    @jax.jit
+    @quick_jit
     def everything(given, exact):
         found = value_and_gradients(ours, given, reset), value_and_gradients(ours, given)
         return found, (value_and_gradients(reference, exact, reset), value_and_gradients(reference, exact))
@@ -146,7 +145,7 @@ def test_against_the_naive_loop(batch, x0, varying, gain, backend, dtype, tolera
 @pytest.mark.parametrize("states, width, length", [(1, 1, 1), (67, 5, 2), (16, 3, 2100)])
 def test_sizes(states, width, length, x64):
     inputs = in_dtype(draw((1,), length, width, states), "float64")
-    agree(*jax.jit(lambda: (value_and_gradients(ours, inputs), value_and_gradients(over_batch(1), inputs)))())
+    agree(*quick_jit(lambda: (value_and_gradients(ours, inputs), value_and_gradients(over_batch(1), inputs)))())
 
 
 def test_numpy_arrays_serve():
@@ -205,7 +204,7 @@ def test_nothing_crosses_a_reset(backend):
         y, last = ours(u, *weights, x0, reset=reset)
         return jnp.sum(y[4:] ** 2) + jnp.sum(jnp.abs(last) ** 2)
 
-    @jax.jit
+    @quick_jit
     def results():
         spoilt = ours(u.at[1].set(jnp.nan), *weights, x0, reset=reset)
         return spoilt, jax.grad(after, (0, 1))(u, x0), ours(u[4:], *weights, None)
@@ -248,7 +247,7 @@ def test_vmap_over_every_argument(backend, x64):
         return results
 
     with use_backend(backend):
-        found, expected = jax.jit(lambda: (everything(ours), everything(naive)))()
+        found, expected = quick_jit(lambda: (everything(ours), everything(naive)))()
     agree(found, expected)
 
 
@@ -276,7 +275,7 @@ def test_every_other_transformation(x64):
             jax.vmap(jax.vmap(lambda *z: jax.jvp(f, z, z), in_axes=mapped), in_axes=mapped)(*inputs),
         ]
 
-    found, expected = jax.jit(lambda: (results(ours, ours), results(naive, over_batch(2))))()
+    found, expected = quick_jit(lambda: (results(ours, ours), results(naive, over_batch(2))))()
     agree(found, expected)
 
 
@@ -296,10 +295,12 @@ def test_shard_map_with_replicated_weights(backend, x64):
     gradient = lambda f: jax.grad(f, tuple(range(6)))
     within = jax.shard_map(gradient(local), mesh=mesh, in_specs=specs, out_specs=specs)
 
-    expected = jax.jit(lambda: (gradient(energy)(*inputs), jax.jvp(gradient(energy), inputs, inputs)[1]))()
+    expected = quick_jit(lambda: (gradient(energy)(*inputs), jax.jvp(gradient(energy), inputs, inputs)[1]))()
     with use_backend(backend):
-        agree(jax.jit(lambda: (gradient(sharded)(*inputs), jax.jvp(gradient(sharded), inputs, inputs)[1]))(), expected)
-        agree(jax.jit(within)(*inputs), expected[0])
+        agree(
+            quick_jit(lambda: (gradient(sharded)(*inputs), jax.jvp(gradient(sharded), inputs, inputs)[1]))(), expected
+        )
+        agree(quick_jit(within)(*inputs), expected[0])
 
 
 # What is compiled.

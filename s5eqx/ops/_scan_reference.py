@@ -47,6 +47,8 @@ def blocked(a, b, x0, reset, *, reverse: bool, pairs: bool, backend: str = "jax"
         (x,) = blocked(_as_complex(a), _as_complex(b), _as_complex(x0), reset, reverse=reverse, pairs=False)
         return [_as_pairs(x)]
     batch, length, _ = b.shape
+    if b.size == 0:
+        return [b]
     a = jnp.broadcast_to(a, b.shape)
     drop = _flags(reset, b)
     if reverse:

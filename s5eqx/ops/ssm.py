@@ -39,6 +39,8 @@ def ssm(
 
     **Raises:** `TypeError` where the weights differ in dtype.
     """
+    u, Lambda_bar, B_bar, C, D = map(jnp.asarray, (u, Lambda_bar, B_bar, C, D))
+    x0, gain = (None if z is None else jnp.asarray(z) for z in (x0, gain))
     weights = {"Lambda_bar": Lambda_bar, "B_bar": B_bar, "C": C, "x0": x0, "gain": gain}
     for name, w in weights.items():
         if w is not None and w.dtype != B_bar.dtype:
@@ -57,7 +59,7 @@ def ssm(
     w_in = jnp.moveaxis(_pairs(B_bar), 1, 0).reshape(width, 2 * states)
     w_out = jnp.moveaxis(_pairs(jnp.conj(C)), 0, 2).reshape(2 * states, width)
     start = jnp.zeros((rows, states, 2), real) if x0 is None else _pairs(x0).reshape(rows, states, 2)
-    flags = jnp.zeros((1, 0), bool) if reset is None else reset.reshape(rows, length)
+    flags = jnp.zeros((1, 0), bool) if reset is None else jnp.reshape(reset, (rows, length))
 
     if Lambda_bar.ndim == 1 and gain is None:
         y, last, _ = bind(ssm_p, drive, a, w_in, w_out, D, start, flags, backend=current_backend())

@@ -93,7 +93,7 @@ def _scan(a, b, x0, reset, reverse, *, pairs):
     if reset is None:
         reset = jnp.zeros((1, 0), bool)
     else:
-        reset = _broadcast("reset", reset, (*batch, length)).reshape(rows, length)
+        reset = _broadcast("reset", jnp.asarray(reset), (*batch, length)).reshape(rows, length)
     (x,) = bind(
         scan_p,
         a,

@@ -59,7 +59,7 @@ def ssm(
     w_in = jnp.moveaxis(_pairs(B_bar), 1, 0).reshape(width, 2 * states)
     w_out = jnp.moveaxis(_pairs(jnp.conj(C)), 0, 2).reshape(2 * states, width)
     start = jnp.zeros((rows, states, 2), real) if x0 is None else _pairs(x0).reshape(rows, states, 2)
-    flags = jnp.zeros((1, 0), bool) if reset is None else jnp.reshape(reset, (rows, length))
+    flags = jnp.zeros((1, 0), bool) if reset is None else jnp.asarray(reset).reshape(rows, length)
 
     if Lambda_bar.ndim == 1 and gain is None:
         y, last, _ = bind(ssm_p, drive, a, w_in, w_out, D, start, flags, backend=current_backend())

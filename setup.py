@@ -36,7 +36,7 @@ def ffi_headers() -> Path:
 
 
 def require_tools() -> None:
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
     if not any(shutil.which(shlex.split(c)[0]) for c in compilers):
         raise NotBuilt(f"no C++ compiler: looked for {', '.join(compilers)}; install one or set CXX")
     for tool in ("cmake", "ninja"):
@@ -71,7 +71,7 @@ class CMakeBuild(build_ext):
             if wish == "OFF":
                 raise NotBuilt("S5EQX_NATIVE=OFF")
             self.build_target(target, module.parent)
-        except NotBuilt as why:
+        except (NotBuilt, OSError) as why:
             if wish == "ON":
                 raise SystemExit(f"s5eqx: {target} was not built: {why} (S5EQX_NATIVE=ON)") from why
             for stale in (module, ROOT / "s5eqx/ops" / module.name if self.editable_mode else module):

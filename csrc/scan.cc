@@ -105,43 +105,43 @@ struct Plan {
   template <typename Enter, typename Fold, typename Sweep>
   void run(const Parallel& parallel, Enter enter, Fold fold, Sweep sweep_block) const {
     const int64_t tasks = (batch >= kManyRows || blocks == 1) ? batch : batch * blocks;
+    std::vector<double> scratch(tasks * 2 * width);  // here, so that no task allocates and hence none throws
     if (tasks == batch) {
       each(parallel, tasks, [&](int64_t row) {
-        std::vector<double> in(width), out(width);
-        enter(row, in.data());
+        double* in = scratch.data() + row * 2 * width;
+        double* out = in + width;
+        enter(row, in);
         for (int64_t block = 0; block < blocks; ++block) {
-          sweep_block(row, block, in.data(), out.data());
-          in.swap(out);
+          sweep_block(row, block, in, out);
+          std::swap(in, out);
         }
       });
       return;
     }
     // carries[row][block] enters the block; ready counts the carries known of a row.
-    std::vector<double> carries(batch * (blocks + 1) * width);
+    std::vector<double> carries(batch * blocks * width);
     std::vector<std::atomic<int64_t>> ready(batch);
     for (int64_t row = 0; row < batch; ++row) {
-      enter(row, carries.data() + row * (blocks + 1) * width);
+      enter(row, carries.data() + row * blocks * width);
       ready[row].store(1);
     }
     each(parallel, tasks, [&](int64_t task) {
       const int64_t row = task % batch, block = task / batch;
-      double* const carry = carries.data() + (row * (blocks + 1) + block) * width;
-      std::vector<double> last(width), product(width);
-      if (block + 1 < blocks) {
-        const bool through = fold(row, block, last.data(), product.data());
-        for (int spin = 0; ready[row].load(std::memory_order_acquire) <= block; ++spin)
-          if (spin > 64) std::this_thread::yield();
+      double* const carry = carries.data() + (row * blocks + block) * width;
+      double* const last = scratch.data() + task * 2 * width;
+      double* const product = last + width;
+      const bool hands_on = block + 1 < blocks;
+      const bool through = hands_on && fold(row, block, last, product);
+      for (int spin = 0; ready[row].load(std::memory_order_acquire) <= block; ++spin)
+        if (spin > 64) std::this_thread::yield();
+      if (hands_on) {
         if (through)
-          multiply_add(product.data(), carry, last.data(), carry + width, width, is_complex);
+          multiply_add(product, carry, last, carry + width, width, is_complex);
         else
-          std::copy(last.begin(), last.end(), carry + width);
+          std::copy_n(last, width, carry + width);
         ready[row].store(block + 2, std::memory_order_release);
-      } else {
-        for (int spin = 0; ready[row].load(std::memory_order_acquire) <= block; ++spin)
-          if (spin > 64) std::this_thread::yield();
       }
-      sweep_block(row, block, carry, last.data());
-      if (block + 1 == blocks) std::copy(last.begin(), last.end(), carry + width);
+      sweep_block(row, block, carry, last);
     });
   }
 

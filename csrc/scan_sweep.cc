@@ -23,6 +23,12 @@ constexpr int kWide = 2;
 constexpr const char* kName = "generic";
 #endif
 
+#if defined(__clang__)
+#define S5EQX_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else  // GCC has the other only since version 12
+#define S5EQX_SHUFFLE(v, ...) __builtin_shuffle(v, I{__VA_ARGS__})
+#endif
+
 // A vector of W doubles: W/2 interleaved complex numbers, or W real ones.
 template <int W>
 struct Vec;
@@ -31,9 +37,10 @@ struct Vec;
   struct Vec<W> {                                                                   \
     typedef double D __attribute__((vector_size(W * 8)));                           \
     typedef float F __attribute__((vector_size(W * 4)));                            \
-    static D swap(D v) { return __builtin_shufflevector(v, v, SWAP); }              \
-    static D even(D v) { return __builtin_shufflevector(v, v, EVEN); }              \
-    static D odd(D v) { return __builtin_shufflevector(v, v, ODD); }                \
+    typedef long long I __attribute__((vector_size(W * 8)));                        \
+    static D swap(D v) { return S5EQX_SHUFFLE(v, SWAP); }                           \
+    static D even(D v) { return S5EQX_SHUFFLE(v, EVEN); }                           \
+    static D odd(D v) { return S5EQX_SHUFFLE(v, ODD); }                             \
     static D alternate() { return D{ALTERNATE}; }                                   \
   }
 #define S5EQX_LIST(...) __VA_ARGS__

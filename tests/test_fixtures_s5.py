@@ -16,14 +16,6 @@ from s5eqx.nn import S5, diagonalise, hippo_legs_normal
 from s5eqx.train import PublishedCosine, PublishedGroups, WarmupConstant
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """The programs are tiny and run once: compiling them well takes longer than running them badly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     if request.param == "float64":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-import importlib.util
+import importlib.machinery
 import os
 import platform
 import re
@@ -42,7 +42,8 @@ def _why_absent(name: str) -> str:
 
 
 def _load(platform_name: str, name: str) -> NativeBackend:
-    if importlib.util.find_spec(f"s5eqx.ops.{name}") is None:
+    # In this folder and nowhere else: an editable install elsewhere also answers to the name.
+    if importlib.machinery.PathFinder.find_spec(f"s5eqx.ops.{name}", [str(_HERE)]) is None:
         return NativeBackend(platform_name, False, _why_absent(name))
     try:
         module = importlib.import_module(f"s5eqx.ops.{name}")

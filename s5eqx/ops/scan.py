@@ -77,6 +77,9 @@ def _scan(a, b, x0, reset, reverse, *, pairs):
     *batch, length, _ = b.shape[: b.ndim - tail + 1]
     states = b.shape[b.ndim - tail :]
     x0 = _or_zeros(x0, b, tail)
+    for name, x in (("a", a), ("x0", x0)) if pairs else ():
+        if x.shape[-1:] != (2,):
+            raise ValueError(f"{name} of a scan of pairs must end in an axis of 2, (re, im), as b does; got {x.shape}.")
     for name, x in (("a", a), ("b", b), ("x0", x0)):
         if x.dtype != b.dtype or x.dtype.name not in _DTYPES:
             raise TypeError(

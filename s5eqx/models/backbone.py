@@ -4,15 +4,14 @@ from typing import ClassVar
 
 import equinox as eqx
 
-from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
-from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx._typing import Array, PyTree
+from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._random import split
-from s5eqx.nn._run import in_chunks, in_parallel, in_steps
 from s5eqx.nn.block import Block
 from s5eqx.nn.norm import layer_norm
 
 
-class Backbone(AbstractCausalMixer):
+class Backbone(AbstractComposedMixer):
     """`norm(block_n(... block_1(x)))`. The state is a tuple of the blocks' states."""
 
     recurrence: ClassVar[tuple[str, ...]] = ()
@@ -29,42 +28,10 @@ class Backbone(AbstractCausalMixer):
         self.blocks = tuple(blocks)
         self.norm = eqx.nn.LayerNorm(width)
 
-    @checked
-    def __call__(
-        self,
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "L D"]:
-        return self._forward(in_parallel(reset), self.init_state(), x, key)[1]
-
     def init_state(self) -> PyTree[Array]:
         return tuple(block.init_state() for block in self.blocks)
 
-    @checked
-    def prefill(
-        self,
-        state: PyTree[Array],
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[PyTree[Array], Float[Array, "L D"]]:
-        return self._forward(in_chunks(reset), state, x, key)
-
-    @checked
-    def step(
-        self,
-        state: PyTree[Array],
-        x_t: Float[Array, " D"],
-        *,
-        reset: Bool[Array, ""] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[PyTree[Array], Float[Array, " D"]]:
-        return self._forward(in_steps(reset), state, x_t, key)
-
-    def _forward(self, run, state, x, key):
+    def forward(self, run, state, x, key):
         new_state = []
         for block, block_state, block_key in zip(self.blocks, state, split(key, len(self.blocks)), strict=True):
             block_state, x = run(block, block_state, x, block_key)

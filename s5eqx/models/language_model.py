@@ -13,9 +13,9 @@ from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
 from s5eqx.models.backbone import Backbone
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.nn._check import check_rate
+from s5eqx.nn._composed import in_chunks, in_parallel, in_steps
 from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 from s5eqx.nn._random import split
-from s5eqx.nn._run import in_chunks, in_parallel, in_steps
 from s5eqx.nn.block import Block
 from s5eqx.nn.mlp import MLP
 

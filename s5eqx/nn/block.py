@@ -4,17 +4,17 @@ from typing import ClassVar
 
 import equinox as eqx
 
-from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
+from s5eqx._typing import Array, PyTree
 from s5eqx.nn._check import check_mixer, check_rate
+from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 from s5eqx.nn._random import split
-from s5eqx.nn._run import in_chunks, in_parallel, in_steps
 from s5eqx.nn.mlp import MLP
 from s5eqx.nn.norm import layer_norm
 from s5eqx.nn.stochastic_depth import StochasticDepth
 
 
-class Block(AbstractCausalMixer):
+class Block(AbstractComposedMixer):
     """A prenorm block of a sequence mixer and a channel mixer:
 
         x <- x + drop(mixer(norm1(x)))
@@ -47,42 +47,10 @@ class Block(AbstractCausalMixer):
         self.dropout = eqx.nn.Dropout(check_rate(dropout, "dropout"))
         self.drop_path = StochasticDepth(drop_path)
 
-    @checked
-    def __call__(
-        self,
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "L D"]:
-        return self._forward(in_parallel(reset), self.init_state(), x, key)[1]
-
     def init_state(self) -> PyTree[Array]:
         return self.mixer.init_state()
 
-    @checked
-    def prefill(
-        self,
-        state: PyTree[Array],
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[PyTree[Array], Float[Array, "L D"]]:
-        return self._forward(in_chunks(reset), state, x, key)
-
-    @checked
-    def step(
-        self,
-        state: PyTree[Array],
-        x_t: Float[Array, " D"],
-        *,
-        reset: Bool[Array, ""] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[PyTree[Array], Float[Array, " D"]]:
-        return self._forward(in_steps(reset), state, x_t, key)
-
-    def _forward(self, run, state, x, key):
+    def forward(self, run, state, x, key):
         mixer_key, drop1_key, mlp_key, drop2_key = split(key, 4)
         state, h = run(self.mixer, state, layer_norm(self.norm1, x), mixer_key)
         x = x + self._drop(h, drop1_key)

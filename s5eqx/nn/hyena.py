@@ -8,11 +8,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 
-from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
+from s5eqx._typing import Array, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_mixer, check_rate
+from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._random import split
-from s5eqx.nn._run import in_chunks, in_parallel, in_steps
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.linear import linear
 from s5eqx.nn.s5 import S5
@@ -37,7 +37,7 @@ class MixerBank(AbstractFilterBank):
         return self.mixers
 
 
-class Hyena(AbstractCausalMixer):
+class Hyena(AbstractComposedMixer):
     """The Hyena recurrence of order `N >= 2`. With `x_0, ..., x_{N-1}, v` the pieces of
     `short_conv(in_proj(u))`, each of width `D`,
 
@@ -102,43 +102,11 @@ class Hyena(AbstractCausalMixer):
         for o, operator in enumerate(operators):
             check_mixer(operator, width, self.in_proj.weight.dtype, f"operator {o} of the bank")
 
-    @checked
-    def __call__(
-        self,
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "L D"]:
-        return self._forward(in_parallel(reset), self.init_state(), x, key)[1]
-
     def init_state(self) -> PyTree[Array]:
         tail = None if self.short_conv is None else self.short_conv.init_state()
         return tail, tuple(operator.init_state() for operator in self.bank.operators())
 
-    @checked
-    def prefill(
-        self,
-        state: PyTree[Array],
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[PyTree[Array], Float[Array, "L D"]]:
-        return self._forward(in_chunks(reset), state, x, key)
-
-    @checked
-    def step(
-        self,
-        state: PyTree[Array],
-        x_t: Float[Array, " D"],
-        *,
-        reset: Bool[Array, ""] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[PyTree[Array], Float[Array, " D"]]:
-        return self._forward(in_steps(reset), state, x_t, key)
-
-    def _forward(self, run, state, x, key):
+    def forward(self, run, state, x, key):
         tail, states = state
         operators = self.bank.operators()
         keys = split(key, 2 * len(operators))

@@ -7,10 +7,11 @@
 // depends on the shape alone, hence so do the bits of the result.
 #include "scan.h"
 
-#include <atomic>
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -94,9 +95,9 @@ struct Order {
   int64_t sign() const { return descending ? -1 : 1; }
 };
 
-// Runs `row(batch, block, in, out)` over every block of every row: sweeps the block from state `in` to state `out`.
-// `fold(batch, block, last, product)` gives the block's final state from zero and the product of its multipliers;
-// returns false where the entering state does not reach the end (a reset stands between).
+// Runs `sweep_block(row, block, in, out)`, which sweeps a block from state `in` to state `out`, over every block of every
+// row. `enter(row, in)` gives the state that a row starts from. `fold(row, block, last, product)` gives a block's final
+// state from zero and the product of its multipliers; it returns false where a reset keeps the entering state from the end.
 struct Plan {
   int64_t batch, width, blocks;
   bool is_complex;
@@ -163,7 +164,10 @@ struct Plan {
         counters->done.fetch_add(1, std::memory_order_release);
       }
     };
-    parallel(tasks - 1, work);
+    try {
+      parallel(tasks - 1, work);
+    } catch (const std::exception&) {  // no memory to start helpers with: those that run are enough
+    }
     work();
     while (counters->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
   }
@@ -172,6 +176,16 @@ struct Plan {
 template <typename T>
 int64_t steps_a_block(int64_t width) {
   return std::max<int64_t>(16, kBlockBytes / (width * static_cast<int64_t>(sizeof(T))));
+}
+
+// The product of a block's multipliers, row by row, for a time-invariant a and more than one block; else empty.
+template <typename T>
+std::vector<double> block_powers(const ScanShape& s, const T* a, int64_t steps, bool conjugate) {
+  if (s.a_time != 0 || s.length <= steps) return {};
+  std::vector<double> powers(s.batch * s.width);
+  for (int64_t row = 0; row < s.batch; ++row)
+    power(a + row * s.a_batch, steps, conjugate, powers.data() + row * s.width, s.width, s.is_complex);
+  return powers;
 }
 
 template <typename T>
@@ -203,9 +217,7 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
     f.width = s.width;
     return f;
   };
-  std::vector<double> powers(plan.blocks > 1 && s.a_time == 0 ? s.batch * s.width : 0);
-  for (int64_t row = 0; row * s.width < static_cast<int64_t>(powers.size()); ++row)
-    power(k.a + row * s.a_batch, steps, false, powers.data() + row * s.width, s.width, s.is_complex);
+  const std::vector<double> powers = block_powers(s, k.a, steps, /*conjugate=*/false);
   const std::vector<double> zero(s.width, 0.0);
 
   plan.run(
@@ -242,10 +254,7 @@ void scan_backward(const ScanShape& s, const BackwardArrays<T>& k, const Paralle
   const int64_t steps = steps_a_block<T>(s.width), sign = order.sign();
   const Plan plan{s.batch, s.width, (s.length + steps - 1) / steps, s.is_complex, s.batch * s.length * s.width};
 
-  // Where the multiplier of the step before stands: see BackwardSweep.
-  std::vector<double> powers(plan.blocks > 1 && !time_varying ? s.batch * s.width : 0);
-  for (int64_t row = 0; row * s.width < static_cast<int64_t>(powers.size()); ++row)
-    power(k.a + row * s.a_batch, steps, k.conjugate, powers.data() + row * s.width, s.width, s.is_complex);
+  const std::vector<double> powers = block_powers(s, k.a, steps, k.conjugate);
   std::vector<double> sums(time_varying ? 0 : s.batch * plan.blocks * 2 * s.width);
   std::vector<double> first_lambda(s.batch * s.width);
   const std::vector<double> zero(s.width, 0.0);

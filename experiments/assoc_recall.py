@@ -175,14 +175,6 @@ def draw(history, file):
 
 def main(preset: str, s: Settings, place: Place):
     task = AssocRecall(s.vocab_size, s.length, s.seed, s.num_examples, s.num_test)
-    run = open_run(
-        {"preset": preset, **dataclasses.asdict(s)},
-        folder=place.run,
-        stem=f"assoc_recall-{preset}",
-        resume=place.resume,
-        overwrite=place.overwrite,
-    )
-    print(f"run in {run.folder}, curves with: tensorboard --logdir {run.folder}")
     trainer = Trainer(
         build(s),
         task,
@@ -192,6 +184,14 @@ def main(preset: str, s: Settings, place: Place):
         eval_batch_size=s.eval_batch_size,
         seed=s.seed,
     )
+    run = open_run(
+        {"preset": preset, **dataclasses.asdict(s)},
+        folder=place.run,
+        stem=f"assoc_recall-{preset}",
+        resume=place.resume,
+        overwrite=place.overwrite,
+    )
+    print(f"run in {run.folder}, curves with: tensorboard --logdir {run.folder}")
     result = fit(
         trainer,
         steps=s.steps,

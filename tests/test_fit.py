@@ -276,13 +276,12 @@ def test_scalars_and_tables_are_read_back(tmp_path):
     assert b"| width | 64 |\n| name | s5 |" in table.tensor_proto.string_val[0]
 
 
-def test_logging_needs_no_tensorflow_and_the_library_no_training():
+def test_logging_needs_no_tensorflow_and_the_library_no_training(tmp_path):
     code = (
         "import sys, s5eqx; assert 's5eqx.train' not in sys.modules and 'optax' not in sys.modules\n"
         "import s5eqx.train; assert 'tensorflow' not in sys.modules"
     )
-    root = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 # The run's folder.

@@ -32,19 +32,32 @@ ffi::Error guarded(F f) {
   }
 }
 
-ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
-                   ffi::Result<ffi::AnyBuffer> x, bool reverse, bool pairs) {
+// All states, or only the one after the last step.
+ffi::Error run_forward(ffi::ThreadPool& pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                       ffi::AnyBuffer result, bool reverse, bool pairs, bool only_last) {
   ScanChecker check("b", b, pairs, reverse);
   check.multiplier("a", a);
   check.state("x0", x0);
   const uint8_t* const flags = check.reset(reset);
-  check.like_b("x", *x);
+  only_last ? check.state("last", result) : check.like_b("x", result);
   if (check.error().failure()) return check.error();
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    scan_forward<T>(check.shape, {data<T>(a), data<T>(b), data<T>(x0), flags, data<T>(*x)}, pool_threads(pool));
+    T* const x = only_last ? nullptr : data<T>(result);
+    T* const last = only_last ? data<T>(result) : nullptr;
+    scan_forward<T>(check.shape, {data<T>(a), data<T>(b), data<T>(x0), flags, x, last}, pool_threads(pool));
   };
   return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
+}
+
+ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                   ffi::Result<ffi::AnyBuffer> x, bool reverse, bool pairs) {
+  return run_forward(pool, a, b, x0, reset, *x, reverse, pairs, /*only_last=*/false);
+}
+
+ffi::Error final_state(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                       ffi::Result<ffi::AnyBuffer> last, bool reverse, bool pairs) {
+  return run_forward(pool, a, b, x0, reset, *last, reverse, pairs, /*only_last=*/true);
 }
 
 ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
@@ -73,6 +86,9 @@ using ffi::AnyBuffer;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_forward_handler, forward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<bool>("reverse").Attr<bool>("pairs"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_final_handler, final_state,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<bool>("reverse").Attr<bool>("pairs"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_backward_handler, backward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>()
@@ -87,5 +103,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("instruction_set") = s5eqx::instruction_set();
   m.attr("targets") = pybind11::dict();
   m.attr("targets")["s5eqx_scan_forward"] = capsule(s5eqx::scan_forward_handler);
+  m.attr("targets")["s5eqx_scan_final"] = capsule(s5eqx::scan_final_handler);
   m.attr("targets")["s5eqx_scan_backward"] = capsule(s5eqx::scan_backward_handler);
 }

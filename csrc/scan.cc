@@ -103,11 +103,13 @@ struct Plan {
   bool is_complex;
   int64_t scalars;
 
+  bool by_block() const { return batch < kManyRows && blocks > 1; }
+
   template <typename Enter, typename Fold, typename Sweep>
   void run(const Parallel& parallel, Enter enter, Fold fold, Sweep sweep_block) const {
-    const int64_t tasks = (batch >= kManyRows || blocks == 1) ? batch : batch * blocks;
+    const int64_t tasks = by_block() ? batch * blocks : batch;
     std::vector<double> scratch(tasks * 2 * width);  // here, so that no task allocates and hence none throws
-    if (tasks == batch) {
+    if (!by_block()) {
       each(parallel, tasks, [&](int64_t row) {
         double* in = scratch.data() + row * 2 * width;
         double* out = in + width;
@@ -199,6 +201,7 @@ const char* instruction_set() { return sweeps().name; }
 
 template <typename T>
 void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel& parallel) {
+  if (s.length == 0 && k.last) std::copy_n(k.x0, s.batch * s.width, k.last);
   if (s.batch == 0 || s.length == 0 || s.width == 0) return;
   const Order order{s.length, s.reverse};
   const int64_t steps = steps_a_block<T>(s.width), step = order.sign() * s.width;
@@ -233,11 +236,14 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
         return !any(f.reset, f.reset_step, f.count);
       },
       [&](int64_t row, int64_t block, const double* in, double* out) {
+        const bool ends = block + 1 == plan.blocks;
+        if (!k.x && !ends && plan.by_block()) return;  // the fold has handed on all there is to know
         ForwardSweep<T> f = block_sweep(row, block);
-        f.x = k.x + (f.b - k.b);
+        f.x = offset(k.x, f.b - k.b);
         f.in = in;
         f.out = out;
         sweep(f, s.is_complex);
+        if (k.last && ends) std::copy_n(out, s.width, k.last + row * s.width);
       });
 }
 

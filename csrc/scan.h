@@ -22,7 +22,8 @@ template <typename T>
 struct ForwardArrays {
   const T *a, *b, *x0;
   const uint8_t* reset;  // null: no resets
-  T* x;
+  T* x;                  // all states, or null
+  T* last;               // (batch, width): the state after the last step, or null
 };
 
 template <typename T>

@@ -120,7 +120,8 @@ void forward_tile(const ForwardSweep<T>& k, int64_t at) {
       for (int n = 0; n < N; ++n) {
         if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), k.conjugate};
         s[n] = m[n].multiply_add(s[n], load<W>(b + n * W));
-        if constexpr (TimeVarying && !Write) product[n] = m[n].multiply_add(product[n], D{});
+        if constexpr (TimeVarying && !Write)
+          if (k.product) product[n] = m[n].multiply_add(product[n], D{});
       }
     }
     if constexpr (Write)
@@ -128,7 +129,8 @@ void forward_tile(const ForwardSweep<T>& k, int64_t at) {
   }
   for (int n = 0; n < N; ++n) {
     store<W>(k.out + at + n * W, s[n]);
-    if constexpr (TimeVarying && !Write) store<W>(k.product + at + n * W, product[n]);
+    if constexpr (TimeVarying && !Write)
+      if (k.product) store<W>(k.product + at + n * W, product[n]);
   }
 }
 

@@ -1,0 +1,5 @@
+#include "scan.cuh"
+
+namespace s5eqx {
+S5EQX_INSTANTIATE(float)
+}

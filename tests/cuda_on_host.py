@@ -1,0 +1,148 @@
+"""Runs the CUDA kernels on the host: builds `cuda_host/scan_on_host.cc` and speaks its protocol."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from helpers import recurrence, recurrence_vjp, relative_error
+
+HERE = Path(__file__).parent / "cuda_host"
+CSRC = Path(__file__).parents[1] / "csrc"
+COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler to run the CUDA kernels on the host with")
+
+ELEMENTS = {"float32": 0, "float64": 1, "complex64": 2, "complex128": 3}
+RANDOM, STUBBORN, LAST_FIRST = range(3)
+
+
+class Run(NamedTuple):
+    """How the blocks of a launch are scheduled."""
+
+    blocks: int = 0  # of the grid; 0: what a device with two multiprocessors would get
+    resident: int = 3  # at the same time
+    seed: int = 0
+    order: int = RANDOM
+
+
+SCHEDULES = tuple(
+    Run(blocks, resident, seed, order)
+    for blocks, resident in ((1, 1), (3, 3), (7, 2), (16, 8))
+    for seed, order in ((1, RANDOM), (2, RANDOM), (3, STUBBORN), (4, STUBBORN), (5, LAST_FIRST))
+)
+
+
+def build(folder, *flags):
+    """The program, compiled into `folder`."""
+    program = Path(folder) / "scan_on_host"
+    command = [*COMPILER, "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [
+        "-DS5EQX_HOST_DEVICE",
+        f"-I{CSRC}",
+        f"-I{HERE}",
+        *flags,
+        str(HERE / "scan_on_host.cc"),
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True)
+    return program
+
+
+class Case(NamedTuple):
+    """A problem, and what is asked of the kernels."""
+
+    a: np.ndarray  # (1 or B, 1 or L, P)
+    b: np.ndarray  # (B, L, P)
+    x0: np.ndarray  # (B, P)
+    g: np.ndarray
+    reset: np.ndarray | None  # (1 or B, L)
+    reverse: bool
+    label: str
+
+    def states(self):
+        """x in double precision, and the last of it."""
+        x = recurrence(self.a, self.b, self.x0, self.reset, self.reverse)
+        return x, x[:, 0 if self.reverse else -1]
+
+    def cotangents(self, conjugate=False):
+        """Those of b, of a (one a batch row) and of x0."""
+        a = np.broadcast_to(self.a, (self.b.shape[0], *self.a.shape[1:]))
+        _, (da, db, dx0) = recurrence_vjp(a, self.b, self.x0, self.g, self.reset, self.reverse, conjugate)
+        return db, da, dx0
+
+
+def case(dtype, batch, length, states, *, a_rows=1, varying=False, radius=(0.3, 0.999), flags=0, reverse=False, seed=0):
+    """A random problem of canonical shapes, rounded to `dtype`. `flags` is the number of rows of flags."""
+    rng = np.random.default_rng(seed)
+    is_complex = dtype.startswith("complex")
+
+    def draw(*shape):
+        return (rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if is_complex else 0)).astype(dtype)
+
+    a_shape = (a_rows, length if varying else 1, states)
+    phase = rng.uniform(0, 2 * np.pi, a_shape)
+    a = rng.uniform(*radius, a_shape) * (np.exp(1j * phase) if is_complex else np.sign(np.cos(phase)))
+    label = f"{dtype} {(batch, length, states)} a {a_shape} flags {flags} reverse {reverse}"
+    return Case(
+        a.astype(dtype),
+        draw(batch, length, states),
+        draw(batch, states),
+        draw(batch, length, states),
+        rng.random((flags, length)) < 0.02 if flags else None,
+        reverse,
+        label,
+    )
+
+
+OPTIONS = {"backward": False, "conjugate": False, "wants_x": True, "wants_last": False, "shift": 0, "runs": (Run(),)}
+
+
+def ask(program, questions):
+    """Answers to `(case, options)`, each the arrays of the first run and how many bytes each further run differs in.
+
+    `options` overrides `OPTIONS`; `shift` moves every array by so many elements off a 16-byte boundary.
+    """
+    message, expected = [], []
+    for c, options in questions:
+        asked = OPTIONS | options
+        batch, length, states = c.b.shape
+        rows = 0 if c.reset is None else c.reset.shape[0]
+        numbers = [asked["backward"], ELEMENTS[c.b.dtype.name], batch, length, states, *c.a.shape[:2], rows, c.reverse]
+        numbers += [asked["conjugate"], asked["wants_x"], asked["wants_last"], asked["shift"], len(asked["runs"])]
+        numbers += [n for run in asked["runs"] for n in run]
+        flags = np.zeros(0, np.uint8) if c.reset is None else c.reset.astype(np.uint8)
+        x = c.states()[0].astype(c.b.dtype) if asked["backward"] else None
+        arrays = (c.a, x, c.x0, flags, c.g) if asked["backward"] else (c.a, c.b, c.x0, flags)
+        message += [np.array(numbers, np.int64).tobytes(), *(np.ascontiguousarray(z).tobytes() for z in arrays)]
+        if asked["backward"]:
+            shapes = [c.b.shape, (batch, *c.a.shape[1:]), c.x0.shape]
+        else:
+            shapes = [c.b.shape] * asked["wants_x"] + [c.x0.shape] * asked["wants_last"]
+        expected.append((shapes, c.b.dtype, len(asked["runs"]) - 1))
+    done = subprocess.run([program], input=b"".join(message), capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    answers, at = [], 0
+    for shapes, dtype, others in expected:
+        arrays = []
+        for shape in shapes:
+            arrays.append(np.frombuffer(done.stdout, dtype, int(np.prod(shape)), at).reshape(shape))
+            at += arrays[-1].nbytes
+        answers.append((arrays, np.frombuffer(done.stdout, np.int64, others, at)))
+        at += 8 * others
+    assert at == len(done.stdout)
+    return answers
+
+
+def errors(c, results, **options):
+    """The relative errors of an answer, by name."""
+    if options.get("backward"):
+        truth = dict(zip(("lambda", "da", "dx0"), c.cotangents(options.get("conjugate", False)), strict=True))
+    else:
+        truth = dict(zip(("x", "last"), c.states(), strict=True))
+        truth = {name: z for name, z in truth.items() if options.get(f"wants_{name}", name == "x")}
+    return {name: relative_error(ours, exact) for (name, exact), ours in zip(truth.items(), results, strict=True)}

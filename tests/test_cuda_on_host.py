@@ -1,0 +1,162 @@
+"""The CUDA kernels, run on the host: every path, layout and tail against the float64 loop, and the same bits always.
+
+What cannot be seen here is a GPU's: its speed, and its weaker order of memory, on which the kernels do not count.
+"""
+
+import numpy as np
+import pytest
+from cuda_on_host import SCHEDULES, Run, ask, build, case, errors, needs_compiler
+
+pytestmark = needs_compiler
+DTYPES = ("float32", "float64", "complex64", "complex128")
+FORWARD = {"wants_last": True}
+LAST_ONLY = {"wants_x": False, "wants_last": True}
+BACKWARD = {"backward": True}
+
+
+def bound(dtype):
+    return 2e-6 if dtype in ("float32", "complex64") else 1e-13
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("host"), "-O1")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    return build(tmp_path_factory.mktemp("sanitized"), *flags)
+
+
+def check(program, questions):
+    for (c, options), (results, differing) in zip(questions, ask(program, questions), strict=True):
+        for name, error in errors(c, results, **options).items():
+            assert error < bound(c.b.dtype.name), f"{name} of {c.label}, {options}"
+        assert not differing.any(), f"{c.label}, {options}: bits depend on the schedule"
+
+
+SHAPES = (  # (B, L, P): tiles hold 256 steps of a full line of channels, and up to 2,048 where channels are few
+    (1, 1, 1),
+    (2, 7, 3),
+    (1, 255, 16),
+    (2, 256, 8),
+    (1, 257, 33),
+    (1, 2049, 1),
+    (3, 1100, 5),
+    (1, 256 * 17 + 5, 16),  # two groups of tiles: blocks look back
+    (270, 70, 2),  # many chains: a block takes a whole chain
+    (268, 300, 9),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_path(program, dtype):
+    questions = []
+    for i, (batch, length, states) in enumerate(SHAPES):
+        for varying in (False, True):
+            c = case(
+                dtype,
+                batch,
+                length,
+                states,
+                varying=varying,
+                flags=(0, 1, batch)[i % 3],
+                reverse=(i + varying) % 2 == 1,
+            )
+            runs = (Run(seed=i), Run(2, 1, i + 1))[: 1 if batch > 200 else 2]
+            questions += [(c, FORWARD | {"runs": runs}), (c, BACKWARD | {"conjugate": i % 2 == 0, "runs": runs})]
+    own_a = case(dtype, 3, 1300, 6, a_rows=3, flags=3, reverse=True)
+    questions += [(own_a, FORWARD), (own_a, BACKWARD), (own_a, LAST_ONLY)]
+    check(program, questions)
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_same_bits_for_any_grid_and_schedule(program, varying):
+    """4 grids x 5 schedules, over two groups of tiles."""
+    c = case("complex64", 2, 256 * 18 + 3, 4, varying=varying, flags=1, radius=(0.999, 0.99999))
+    check(program, [(c, {**FORWARD, "runs": SCHEDULES}), (c, {**BACKWARD, "runs": SCHEDULES[::3]})])
+
+
+def test_same_bits_off_alignment(program):
+    """Threads then take single channels, in the same tiles of time."""
+    for dtype in ("float32", "complex64"):
+        c = case(dtype, 2, 5000, 8, flags=2)
+        for options in (FORWARD, BACKWARD):
+            (there, _), (here, _) = ask(program, [(c, options), (c, {**options, "shift": 1})])
+            for x, y in zip(there, here, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_the_final_state_alone_is_the_last_of_all(program):
+    """To the bit, on either path, though most of its tiles never learn the state that enters them."""
+    for batch, states in ((2, 3), (300, 1)):
+        for varying in (False, True):
+            c = case("complex64", batch, 5000 if batch == 2 else 600, states, varying=varying, flags=1)
+            ((x, last), _), ((alone,), _) = ask(program, [(c, FORWARD), (c, LAST_ONLY)])
+            np.testing.assert_array_equal(last, x[:, -1])
+            np.testing.assert_array_equal(alone, last)
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_nan_stays_in_its_channel_and_a_reset_ends_it(program, varying):
+    """The NaN is the very bit pattern that marks an empty slot: whoever waited for it would wait for ever."""
+    c = case("complex64", 1, 256 * 20, 4, varying=varying, flags=1)
+    c.reset[:] = False
+    c.reset[0, 4000] = True
+    c.b.view(np.uint64)[0, 700, 2] = ~np.uint64(0)
+    ((x, last), _), ((db, *_), _) = ask(program, [(c, FORWARD), (c._replace(g=c.b), BACKWARD)])
+    poisoned = np.isnan(x[0])
+    assert poisoned[700:4000, 2].all() and poisoned.sum() == 3300 and not np.isnan(last).any()
+    assert (
+        np.isnan(db[0, :701, 2]).all() and not np.isnan(db[0, 701:]).any() and not np.isnan(db[0, :, (0, 1, 3)]).any()
+    )
+
+
+def test_growth_from_nothing_stays_nothing(program):
+    """|a|^2048, the power over a tile, overflows; a state of zero stays zero all the same."""
+    c = case("complex64", 1, 2048 * 6, 2, radius=(1.9, 2.0))
+    c.b[:] = 0
+    c.x0[:] = 0
+    c.b[0, -3:] = 1
+    with np.errstate(all="raise"):
+        check(program, [(c, FORWARD)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "radius", "limit"),
+    [(5_003, 0.999, 5e-7), (20_011, 0.9999, 5e-7), (131_072, 0.99999, 5e-7), (1_048_576, 0.999999, 5e-7)],
+)
+def test_long_memory(program, length, radius, limit):
+    """Forward and gradients stay at the rounding of float32, in the Euclidean norm that such errors are quoted in."""
+    c = case("complex64", 1, length, 16, radius=(radius, radius))
+    (xs, _), (cotangents, _) = ask(program, [(c, {}), (c, {**BACKWARD, "conjugate": True})])
+    truth = (c.states()[0], *c.cotangents(conjugate=True))
+    found = {}
+    for name, ours, exact in zip(("x", "lambda", "da", "dx0"), (*xs, *cotangents), truth, strict=True):
+        found[name] = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    print(f"\n|a| = {radius}, L = {length:,}: " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
+    assert max(found.values()) < limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("varying", [False, True])
+def test_same_bits_over_super_groups(program, varying):
+    """More than 256 tiles, so that the chain of published states is used."""
+    c = case("complex64", 1, (256 if not varying else 128) * 260, 16, varying=varying, flags=1, radius=(0.999, 0.99999))
+    runs = {"runs": SCHEDULES[::2]}
+    check(program, [(c, FORWARD | runs), (c, LAST_ONLY | runs), (c, BACKWARD | runs)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sanitizers(sanitized, dtype):
+    """Address and undefined-behaviour sanitizers, over the shapes of `test_every_path` and a longer chain."""
+    questions = []
+    for i, (batch, length, states) in enumerate((*SHAPES[:8], (265, 3, 2), (2, 256 * 33 + 1, 4))):
+        for varying in (False, True):
+            c = case(dtype, batch, length, states, varying=varying, flags=i % 3 and 1, reverse=i % 2 == 1)
+            runs = {"runs": (Run(seed=i), Run(5, 4, i)), "shift": i % 2}
+            questions += [(c, FORWARD | runs), (c, LAST_ONLY | runs), (c, BACKWARD | runs)]
+    check(sanitized, questions)

@@ -33,8 +33,8 @@ ffi::Error guarded(F f) {
 }
 
 // All states, or only the one after the last step.
-ffi::Error run_forward(ffi::ThreadPool& pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
-                       ffi::AnyBuffer result, bool reverse, bool pairs, bool only_last) {
+ffi::Error run_forward(ffi::ThreadPool& pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0,
+                       ffi::AnyBuffer reset, ffi::AnyBuffer result, bool reverse, bool pairs, bool only_last) {
   ScanChecker check("b", b, pairs, reverse);
   check.multiplier("a", a);
   check.state("x0", x0);
@@ -55,8 +55,8 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi
   return run_forward(pool, a, b, x0, reset, *x, reverse, pairs, /*only_last=*/false);
 }
 
-ffi::Error final_state(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
-                       ffi::Result<ffi::AnyBuffer> last, bool reverse, bool pairs) {
+ffi::Error final_state(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0,
+                       ffi::AnyBuffer reset, ffi::Result<ffi::AnyBuffer> last, bool reverse, bool pairs) {
   return run_forward(pool, a, b, x0, reset, *last, reverse, pairs, /*only_last=*/true);
 }
 
@@ -84,15 +84,38 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ff
 
 using ffi::AnyBuffer;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_forward_handler, forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<bool>("reverse").Attr<bool>("pairs"));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("pairs"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_final_handler, final_state,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>().Ret<AnyBuffer>().Attr<bool>("reverse").Attr<bool>("pairs"));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("pairs"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_backward_handler, backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>()
-                                  .Attr<bool>("reverse").Attr<bool>("pairs"));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Attr<bool>("reverse")
+                                  .Attr<bool>("pairs"));
 
 }  // namespace
 }  // namespace s5eqx

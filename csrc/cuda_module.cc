@@ -1,5 +1,5 @@
-// The Python module s5eqx.ops._cuda: XLA FFI handlers of the CUDA kernels, and what is needed to register them. It is linked
-// to a static CUDA runtime, so it loads where there is no driver.
+// The Python module s5eqx.ops._cuda: XLA FFI handlers of the CUDA kernels, and what is needed to register them. It is
+// linked to a static CUDA runtime, so it loads where there is no driver.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,13 +18,16 @@ namespace {
 using ffi::AnyBuffer;
 using Result = ffi::Result<AnyBuffer>;
 
+int64_t element_bytes(const ScanShape& s, bool is_double) { return (is_double ? 8 : 4) * (s.is_complex ? 2 : 1); }
 int64_t states(const ScanShape& s) { return s.width / (s.is_complex ? 2 : 1); }
 
 ffi::Error status_of(cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
+  cudaGetLastError();  // told here, and to nobody else
   std::string text = std::string("s5eqx scan: ") + cudaGetErrorString(status);
-  if (status == cudaErrorNoKernelImageForDevice)
-    text += "; this build holds kernels for " S5EQX_CUDA_ARCHS_LIST ". Rebuild s5eqx with S5EQX_CUDA_ARCHS set to this device's";
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion)
+    text += "; this build holds kernels for " S5EQX_CUDA_ARCHS_LIST
+            ". Rebuild s5eqx with S5EQX_CUDA_ARCHS set to this device's";
   return ffi::Error::Internal(text);
 }
 
@@ -32,17 +35,26 @@ ffi::Error status_of(cudaError_t status) {
 ffi::Error aligned(std::initializer_list<const AnyBuffer*> buffers, int64_t element_bytes) {
   for (const AnyBuffer* b : buffers)
     if (reinterpret_cast<uintptr_t>(b->untyped_data()) % element_bytes != 0)
-      return ffi::Error::InvalidArgument("s5eqx scan: an array must start at a multiple of " + std::to_string(element_bytes) +
+      return ffi::Error::InvalidArgument("s5eqx scan: an array must start at a multiple of " +
+                                         std::to_string(element_bytes) +
                                          " bytes, the size of its elements; got one that does not, " + show(*b));
   return ffi::Error::Success();
 }
 
 ffi::Error enough(const AnyBuffer& memory, const ScanShape& s, bool is_double, Pass pass) {
-  const int64_t needed = workspace_bytes(s.batch, s.length, states(s), is_double ? 8 : 4, s.is_complex, s.a_time != 0, pass);
+  const bool time_varying = s.a_time != 0;
+  if (!tile(s.batch, s.length, states(s), element_bytes(s, is_double), time_varying, pass, /*aligned=*/false)
+           .is_countable(states(s)))
+    return ffi::Error::InvalidArgument(
+        "s5eqx scan: rows times states, in tiles, must be fewer than 2^30; got B = " + std::to_string(s.batch) +
+        " and P = " + std::to_string(states(s)) + ". Split the batch");
+  const int64_t needed =
+      workspace_bytes(s.batch, s.length, states(s), is_double ? 8 : 4, s.is_complex, time_varying, pass);
   const int64_t given = static_cast<int64_t>(memory.size_bytes());
   if (given < needed)
-    return ffi::Error::InvalidArgument("s5eqx scan: the workspace must hold " + std::to_string(needed) + " bytes; got " +
-                                       std::to_string(given) + ". `workspace_bytes` of this module says how many");
+    return ffi::Error::InvalidArgument("s5eqx scan: the workspace must hold " + std::to_string(needed) +
+                                       " bytes; got " + std::to_string(given) +
+                                       ". `workspace_bytes` of this module says how many");
   if (needed > 0) return aligned({&memory}, 16);
   return ffi::Error::Success();
 }
@@ -55,10 +67,8 @@ ffi::Error by_element(const ScanShape& s, bool is_double, Run run) {
   return status_of(is_double ? run(double{}) : run(float{}));
 }
 
-int64_t element_bytes(const ScanShape& s, bool is_double) { return (is_double ? 8 : 4) * (s.is_complex ? 2 : 1); }
-
-ffi::Error scan(cudaStream_t stream, AnyBuffer& a, AnyBuffer& b, AnyBuffer& x0, AnyBuffer& reset, AnyBuffer* x, AnyBuffer* last,
-                AnyBuffer& memory, bool reverse, bool pairs) {
+ffi::Error scan(cudaStream_t stream, AnyBuffer& a, AnyBuffer& b, AnyBuffer& x0, AnyBuffer& reset, AnyBuffer* x,
+                AnyBuffer* last, AnyBuffer& memory, bool reverse, bool pairs) {
   ScanChecker check("b", b, pairs, reverse);
   check.multiplier("a", a);
   check.state("x0", x0);
@@ -73,27 +83,32 @@ ffi::Error scan(cudaStream_t stream, AnyBuffer& a, AnyBuffer& b, AnyBuffer& x0, 
   if (s.batch == 0 || s.width == 0) return ffi::Error::Success();
   if (s.length == 0) {
     if (!last) return ffi::Error::Success();
-    return status_of(cudaMemcpyAsync(last->untyped_data(), x0.untyped_data(), x0.size_bytes(), cudaMemcpyDeviceToDevice, stream));
+    return status_of(
+        cudaMemcpyAsync(last->untyped_data(), x0.untyped_data(), x0.size_bytes(), cudaMemcpyDeviceToDevice, stream));
   }
-  const ForwardArrays<void> arrays{a.untyped_data(), b.untyped_data(), x0.untyped_data(), flags, x ? x->untyped_data() : nullptr,
-                          last ? last->untyped_data() : nullptr};
+  const ForwardArrays<void> arrays{a.untyped_data(),
+                                   b.untyped_data(),
+                                   x0.untyped_data(),
+                                   flags,
+                                   x ? x->untyped_data() : nullptr,
+                                   last ? last->untyped_data() : nullptr};
   return by_element(s, is_double, [&](auto zero) {
     return scan_forward_on_gpu<decltype(zero)>(s, arrays, memory.untyped_data(), 0, stream);
   });
 }
 
-ffi::Error forward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer x0, AnyBuffer reset, Result x, Result memory,
-                   bool reverse, bool pairs) {
+ffi::Error forward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer x0, AnyBuffer reset, Result x,
+                   Result memory, bool reverse, bool pairs) {
   return scan(stream, a, b, x0, reset, &*x, nullptr, *memory, reverse, pairs);
 }
 
-ffi::Error final_state(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer x0, AnyBuffer reset, Result last, Result memory,
-                       bool reverse, bool pairs) {
+ffi::Error final_state(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer x0, AnyBuffer reset, Result last,
+                       Result memory, bool reverse, bool pairs) {
   return scan(stream, a, b, x0, reset, nullptr, &*last, *memory, reverse, pairs);
 }
 
-ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0, AnyBuffer reset, AnyBuffer g, Result lambda,
-                    Result da, Result dx0, Result memory, bool reverse, bool pairs) {
+ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0, AnyBuffer reset, AnyBuffer g,
+                    Result lambda, Result da, Result dx0, Result memory, bool reverse, bool pairs) {
   ScanChecker check("g", g, pairs, reverse);
   check.multiplier("a", a);
   check.like_b("x", x);
@@ -105,17 +120,21 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0,
   if (check.error().failure()) return check.error();
   const ScanShape& s = check.shape;
   const bool is_double = check.is_double();
-  if (ffi::Error e = aligned({&a, &x, &x0, &g, &*lambda, &*da, &*dx0}, element_bytes(s, is_double)); e.failure()) return e;
+  if (ffi::Error e = aligned({&a, &x, &x0, &g, &*lambda, &*da, &*dx0}, element_bytes(s, is_double)); e.failure())
+    return e;
   if (ffi::Error e = enough(*memory, s, is_double, Pass::kBackward); e.failure()) return e;
   if (s.batch == 0 || s.width == 0) return ffi::Error::Success();
   if (s.length == 0) {  // x is empty: nothing depends on a or x0
     for (AnyBuffer* zero : {&*da, &*dx0})
-      if (const cudaError_t status = cudaMemsetAsync(zero->untyped_data(), 0, zero->size_bytes(), stream); status != cudaSuccess)
-        return status_of(status);
+      if (zero->size_bytes() > 0)
+        if (const cudaError_t e = cudaMemsetAsync(zero->untyped_data(), 0, zero->size_bytes(), stream);
+            e != cudaSuccess)
+          return status_of(e);
     return ffi::Error::Success();
   }
-  const BackwardArrays<void> arrays{a.untyped_data(), x.untyped_data(), x0.untyped_data(), flags, g.untyped_data(),
-                           lambda->untyped_data(), da->untyped_data(), dx0->untyped_data(), /*conjugate=*/pairs};
+  const BackwardArrays<void> arrays{a.untyped_data(),   x.untyped_data(),       x0.untyped_data(),  flags,
+                                    g.untyped_data(),   lambda->untyped_data(), da->untyped_data(), dx0->untyped_data(),
+                                    /*conjugate=*/pairs};
   return by_element(s, is_double, [&](auto zero) {
     return scan_backward_on_gpu<decltype(zero)>(s, arrays, memory->untyped_data(), 0, stream);
   });
@@ -126,16 +145,34 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0,
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding, {ffi::Traits::kCmdBufferCompatible})
 
 auto scan_binding() {
-  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
-      .Arg<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Attr<bool>("reverse").Attr<bool>("pairs");
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Arg<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Ret<AnyBuffer>()
+      .Attr<bool>("reverse")
+      .Attr<bool>("pairs");
 }
 
 S5EQX_HANDLER(scan_forward_handler, forward, scan_binding());
 S5EQX_HANDLER(scan_final_handler, final_state, scan_binding());
 S5EQX_HANDLER(scan_backward_handler, backward,
-              ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>()
-                  .Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>().Ret<AnyBuffer>()
-                  .Attr<bool>("reverse").Attr<bool>("pairs"));
+              ffi::Ffi::Bind()
+                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                  .Arg<AnyBuffer>()
+                  .Arg<AnyBuffer>()
+                  .Arg<AnyBuffer>()
+                  .Arg<AnyBuffer>()
+                  .Arg<AnyBuffer>()
+                  .Ret<AnyBuffer>()
+                  .Ret<AnyBuffer>()
+                  .Ret<AnyBuffer>()
+                  .Ret<AnyBuffer>()
+                  .Attr<bool>("reverse")
+                  .Attr<bool>("pairs"));
 
 // "75;80;90-virtual" as ("sm_75", "sm_80", "compute_90").
 std::vector<std::string> architectures() {
@@ -156,7 +193,7 @@ int driver() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-// Name and compute capability of each visible device. Attributes alone are asked for, which makes no context.
+// Name and compute capability of each visible device. Asking makes no context.
 std::vector<std::tuple<std::string, int, int>> devices() {
   std::vector<std::tuple<std::string, int, int>> found;
   int count = 0;
@@ -170,12 +207,14 @@ std::vector<std::tuple<std::string, int, int>> devices() {
   return found;
 }
 
-int64_t workspace_of(const std::string& target, int64_t batch, int64_t length, int64_t states, int64_t scalar_bytes, bool is_complex,
-                     bool time_varying) {
+int64_t workspace_of(const std::string& target, int64_t batch, int64_t length, int64_t states, int64_t scalar_bytes,
+                     bool is_complex, bool time_varying) {
   const bool is_backward = target == "s5eqx_scan_backward";
   if (!is_backward && target != "s5eqx_scan_forward" && target != "s5eqx_scan_final")
-    throw pybind11::value_error("target must be s5eqx_scan_forward, s5eqx_scan_final or s5eqx_scan_backward; got " + target);
-  return workspace_bytes(batch, length, states, scalar_bytes, is_complex, time_varying, is_backward ? Pass::kBackward : Pass::kForward);
+    throw pybind11::value_error("target must be s5eqx_scan_forward, s5eqx_scan_final or s5eqx_scan_backward; got " +
+                                target);
+  return workspace_bytes(batch, length, states, scalar_bytes, is_complex, time_varying,
+                         is_backward ? Pass::kBackward : Pass::kForward);
 }
 
 }  // namespace
@@ -187,10 +226,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("ffi_api") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("toolkit") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   m.attr("architectures") = py::tuple(py::cast(s5eqx::architectures()));
-  m.def("driver", &s5eqx::driver, "The newest CUDA version that the driver speaks, as 13000 for 13.0; 0 without a driver.");
+  m.def("driver", &s5eqx::driver,
+        "The newest CUDA version that the driver speaks, as 13000 for 13.0; 0 without a driver.");
   m.def("devices", &s5eqx::devices, "Name, major and minor compute capability of each visible device.");
-  m.def("workspace_bytes", &s5eqx::workspace_of, py::arg("target"), py::arg("batch"), py::arg("length"), py::arg("states"),
-        py::arg("scalar_bytes"), py::arg("is_complex"), py::arg("time_varying"));
+  m.def("workspace_bytes", &s5eqx::workspace_of, py::arg("target"), py::arg("batch"), py::arg("length"),
+        py::arg("states"), py::arg("scalar_bytes"), py::arg("is_complex"), py::arg("time_varying"));
   m.attr("targets") = py::dict();
   m.attr("targets")["s5eqx_scan_forward"] = capsule(s5eqx::scan_forward_handler);
   m.attr("targets")["s5eqx_scan_backward"] = capsule(s5eqx::scan_backward_handler);

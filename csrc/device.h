@@ -1,5 +1,5 @@
-// What the kernels ask of a device beyond C++. The tests put a host in its place (tests/cuda_host/host_device.h) and run the
-// same kernels there.
+// What the kernels ask of a device beyond C++. The tests put a host in its place (tests/cuda_host/host_device.h) and
+// run the same kernels there.
 #pragma once
 
 #if defined(S5EQX_HOST_DEVICE)
@@ -7,6 +7,7 @@
 #else
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace s5eqx {
@@ -35,6 +36,9 @@ __device__ inline uint64_t fetch_add(uint64_t* word, uint64_t value) {
 
 __device__ inline void pause() { __nanosleep(20); }
 
+__device__ inline float fused(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+__device__ inline double fused(double x, double y, double z) { return __fma_rn(x, y, z); }
+
 __device__ inline uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 __device__ inline double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
 
@@ -47,19 +51,12 @@ __device__ inline T shuffle_down(T x, unsigned lanes) {
   return __shfl_down_sync(0xffffffffu, x, lanes);
 }
 __device__ inline uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
-
-template <typename Kernel, typename Argument>
-Status launch(Kernel* kernel, int64_t blocks, int threads, Stream stream, const Argument& argument) {
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(argument);
-  return cudaGetLastError();
-}
-
 #endif
 
 // Multiprocessors of the current device, asked once a device and never on a stream: a capture may be under way.
 inline int multiprocessors() {
   constexpr int kDevices = 64;
-  static int known[kDevices];  // a race writes the same number twice
+  static std::atomic<int> known[kDevices];
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   if (device < kDevices && known[device] > 0) return known[device];
@@ -68,7 +65,16 @@ inline int multiprocessors() {
   return count;
 }
 
-inline Status fill_ones(void* memory, int64_t bytes, Stream stream) { return cudaMemsetAsync(memory, 0xff, bytes, stream); }
+inline Status fill_ones(void* memory, int64_t bytes, Stream stream) {
+  return cudaMemsetAsync(memory, 0xff, bytes, stream);
+}
+
+template <typename Argument>
+Status launch(void (*kernel)(Argument), int64_t blocks, int threads, Stream stream, Argument argument) {
+  void* arguments[] = {&argument};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                          dim3(static_cast<unsigned>(threads)), arguments, 0, stream);
+}
 
 }  // namespace s5eqx
 #endif

@@ -54,23 +54,24 @@ __device__ inline E narrow(Wide<E> x) {
     return {static_cast<T>(x.re), static_cast<T>(x.im)};
 }
 
+// Products and sums are fused by name and not as a compiler likes, so that every way through the kernels rounds alike.
 template <typename T>
 __device__ inline T multiply(T x, T y) {
   return x * y;
 }
 template <typename T>
 __device__ inline Complex<T> multiply(Complex<T> x, Complex<T> y) {
-  return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re};
+  return {fused(x.re, y.re, -(x.im * y.im)), fused(x.re, y.im, x.im * y.re)};
 }
 
 // m x + v: one step of the recurrence.
 template <typename T>
 __device__ inline T multiply_add(T m, T x, T v) {
-  return m * x + v;
+  return fused(m, x, v);
 }
 template <typename T>
 __device__ inline Complex<T> multiply_add(Complex<T> m, Complex<T> x, Complex<T> v) {
-  return {m.re * x.re + (v.re - m.im * x.im), m.re * x.im + (v.im + m.im * x.re)};
+  return {fused(m.re, x.re, fused(-m.im, x.im, v.re)), fused(m.re, x.im, fused(m.im, x.re, v.im))};
 }
 
 template <typename T>
@@ -91,7 +92,8 @@ __device__ inline bool is_zero(Complex<T> x) {
   return x.re == 0 && x.im == 0;
 }
 
-// The same over many steps, where m, the product of their multipliers, may have overflowed: nothing entered, nothing left.
+// The same over many steps, where m, the product of their multipliers, may have overflowed: nothing entered, nothing
+// left.
 template <typename E>
 __device__ inline E advance(E m, E x, E v) {
   return is_zero(x) ? v : multiply_add(m, x, v);

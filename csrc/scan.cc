@@ -1,9 +1,9 @@
 // How a (B, L, P) scan is cut into sweeps, and who runs them.
 //
-// Time is cut into blocks that stay in a core's cache. With many rows each row is one task that sweeps its blocks in order.
-// With few rows a block is a task: it folds the block to its final state from zero, waits for the state that enters the
-// block, hands on the state that leaves it, and only then sweeps the block again, from cache, to write x. Tasks are
-// taken from one counter in time order, so whoever waits, waits for a task that is already running. The cut
+// Time is cut into blocks that stay in a core's cache. With many rows each row is one task that sweeps its blocks in
+// order. With few rows a block is a task: it folds the block to its final state from zero, waits for the state that
+// enters the block, hands on the state that leaves it, and only then sweeps the block again, from cache, to write x.
+// Tasks are taken from one counter in time order, so whoever waits, waits for a task that is already running. The cut
 // depends on the shape alone, hence so do the bits of the result.
 #include "scan.h"
 
@@ -32,7 +32,8 @@ const Sweeps& pick_sweeps() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && may(sweeps_v4))
     return sweeps_v4;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && may(sweeps_v3))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+      may(sweeps_v3))
     return sweeps_v3;
 #endif
   return sweeps_generic;
@@ -95,9 +96,10 @@ struct Order {
   int64_t sign() const { return descending ? -1 : 1; }
 };
 
-// Runs `sweep_block(row, block, in, out)`, which sweeps a block from state `in` to state `out`, over every block of every
-// row. `enter(row, in)` gives the state that a row starts from. `fold(row, block, last, product)` gives a block's final
-// state from zero and the product of its multipliers; it returns false where a reset keeps the entering state from the end.
+// Runs `sweep_block(row, block, in, out)`, which sweeps a block from state `in` to state `out`, over every block of
+// every row. `enter(row, in)` gives the state that a row starts from. `fold(row, block, last, product)` gives a block's
+// final state from zero and the product of its multipliers; it returns false where a reset keeps the entering state
+// from the end.
 struct Plan {
   int64_t batch, width, blocks;
   bool is_complex;
@@ -224,8 +226,7 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
   const std::vector<double> zero(s.width, 0.0);
 
   plan.run(
-      parallel,
-      [&](int64_t row, double* in) { std::copy_n(k.x0 + row * s.width, s.width, in); },
+      parallel, [&](int64_t row, double* in) { std::copy_n(k.x0 + row * s.width, s.width, in); },
       [&](int64_t row, int64_t block, double* last, double* product) {
         ForwardSweep<T> f = block_sweep(row, block);
         f.in = zero.data();
@@ -315,7 +316,8 @@ void scan_backward(const ScanShape& s, const BackwardArrays<T>& k, const Paralle
   std::vector<double> multiplier(s.width), dx0(s.width), total(2 * s.width);
   for (int64_t row = 0; row < s.batch; ++row) {
     power(k.a + row * s.a_batch + t0 * s.a_time, 1, k.conjugate, multiplier.data(), s.width, s.is_complex);
-    multiply_add(multiplier.data(), first_lambda.data() + row * s.width, zero.data(), dx0.data(), s.width, s.is_complex);
+    multiply_add(multiplier.data(), first_lambda.data() + row * s.width, zero.data(), dx0.data(), s.width,
+                 s.is_complex);
     const bool dropped = k.reset && k.reset[row * s.reset_batch + t0];
     for (int64_t p = 0; p < s.width; ++p) k.dx0[row * s.width + p] = dropped ? T(0) : static_cast<T>(dx0[p]);
     if (time_varying) continue;

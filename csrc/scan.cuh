@@ -1,14 +1,14 @@
 // The scan on a GPU, in one pass over memory.
 //
 // Each thread holds K consecutive steps of its channels in registers. A tile's threads fold them to where they end from
-// zero, pass that on through the warp and through shared memory, and once the state that enters the tile is known run the
-// plain recurrence over the registers again. So the innermost arithmetic is the reference's own; only states travel, and between
-// warps and tiles they travel in double precision, as do the powers of a. Squared in single precision a^256 would
-// be wrong by 256 rounding errors, all in one direction.
+// zero, pass that on through the warp and through shared memory, and once the state that enters the tile is known run
+// the plain recurrence over the registers again. So the innermost arithmetic is the reference's own; only states
+// travel, and between warps and tiles they travel in double precision, as do the powers of a. Squared in single
+// precision a^256 would be wrong by 256 rounding errors, all in one direction.
 //
 // The state that enters a tile (`look_back`) is folded from what the tiles before have published, in one fixed order:
-// the state after the last full super-group of 256 tiles, then up to 15 groups of 16 tiles, then up to 15 tiles. Tiles are
-// taken from one counter, time first, so whoever waits, waits for a tile that is already running.
+// the state after the last full super-group of 256 tiles, then up to 15 groups of 16 tiles, then up to 15 tiles. Tiles
+// are taken from one counter, time first, so whoever waits, waits for a tile that is already running.
 //
 // The backward pass is the same scan in the other direction, of g, with the multipliers one step later:
 // lambda[t] = g[t] + a[t+1] lambda[t+1]; and da[t] = lambda[t] x[t-1].
@@ -25,8 +25,8 @@ constexpr uint64_t kEmpty = ~uint64_t{0};
 template <typename E>
 struct Problem {
   int64_t length, states;
-  int channel_tiles, chains, tiles, lanes;
-  int64_t first_time, time_step;  // step i of the scan is at time first_time + i time_step
+  int channel_tiles, chains, tiles, lanes, lane_bits;  // 1 << lane_bits lanes
+  int64_t first_time, time_step;                       // step i of the scan is at time first_time + i time_step
   int64_t a_batch, a_time, reset_batch;
   bool conjugate;
   const E *a, *values, *x0;  // values: b, or g in the backward pass, where x0 belongs to `states_before`
@@ -45,17 +45,17 @@ struct alignas(sizeof(E) * V) Vector {
   E at[V];
 };
 
-template <typename E, int V>
+template <typename E, int V, bool kVarying>
 struct Shared {
-  static constexpr int kChannels = kLanes * V;
-  int64_t next_tile;
+  static constexpr int kChannels = kLanes * V, kProducts = kVarying ? kChannels : 1;
+  int next_tile;
   Wide<E> carry[kChannels], da[kChannels];  // of a chain that one block takes
-  E row_power[kWarp * V];  // [r][channel]: a^(K r), over r rows of threads
+  E row_power[kWarp * V];                   // [r][channel]: a^(K r), over r rows of threads
   Wide<E> warp_power[kChannels], tile_power[kChannels], group_power[kChannels];
-  E total[kWarps][kChannels], product[kWarps][kChannels];  // of a warp: where it ends from zero, its multiplier
+  E total[kWarps][kChannels], product[kWarps][kProducts];  // of a warp: where it ends from zero, its multiplier
   bool cut[kWarps];                                        // whether a reset keeps the entering state from the end
   E enter[kWarps][kChannels], sum[kWarps][kChannels];
-  Wide<E> seen[2][kFan][kChannels], seen_product[2][kFan][kChannels];  // the tiles and the groups before
+  Wide<E> seen[2][kFan][kChannels], seen_product[2][kFan][kProducts];  // the tiles and the groups before
   bool seen_cut[2][kFan];
 };
 
@@ -76,7 +76,14 @@ __device__ inline uint64_t wait(const uint64_t* word) {
 }
 __device__ inline void receive(const uint64_t* words, int, double& x) { x = double_of(wait(words)); }
 __device__ inline void receive(const uint64_t* words, int channels, Complex<double>& x) {
-  x = {double_of(wait(words)), double_of(wait(words + channels))};
+  uint64_t re, im;  // both are on their way before either is looked at
+  do {
+    re = load_relaxed(words);
+    im = load_relaxed(words + channels);
+    if (re != kEmpty && im != kEmpty) break;
+    pause();
+  } while (true);
+  x = {double_of(re), double_of(im)};
 }
 
 // Many steps as one: x -> cut ? state : product x + state.
@@ -99,17 +106,21 @@ struct TileScan {
   using Row = Vector<E, V>;
 
   const Problem<E>& p;
-  Shared<E, V>& sh;
+  Shared<E, V, kVarying>& sh;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-  const int lane = thread % p.lanes, row = thread / p.lanes;  // of the tile
-  const int rows = kWarp / p.lanes, warp_row = row % rows;    // of the warp
+  const int lane = thread & (p.lanes - 1), row = thread >> p.lane_bits;  // of the tile
+  const int rows = kWarp >> p.lane_bits, warp_row = row & (rows - 1);    // of the warp
   const int channels = p.lanes * V;
-  const int steps = kThreads / p.lanes * K;
+  const int steps = (kThreads >> p.lane_bits) * K;
   const bool is_keeper = thread < channels;  // one thread a channel keeps what is between warps and tiles
   int64_t powers_of = -1;                    // where in `a` the powers in shared memory come from
   int chain = 0, batch = 0, first_channel = 0, tile = 0;
 
-  __device__ TileScan(const Problem<E>& problem, Shared<E, V>& shared) : p(problem), sh(shared) {}
+  __device__ TileScan(const Problem<E>& problem, Shared<E, V, kVarying>& shared) : p(problem), sh(shared) {}
+
+  __device__ bool looks_back() const { return p.next_tile != nullptr; }
+  __device__ bool takes_tiles() const { return looks_back() && thread == kThreads - 1; }
+  __device__ int take_tile() const { return static_cast<int>(fetch_add(p.next_tile, 1) + 1); }  // it starts at -1
 
   __device__ void choose(int which_chain, int which_tile) {
     chain = which_chain;
@@ -184,35 +195,42 @@ struct TileScan {
   __device__ void look_back(const Segment<W>& own) {
     const int super = tile / (kFan * kFan), group = tile / kFan;
     const int before = tile % kFan, groups_before = group % kFan;
-    const int64_t groups = (p.tiles + kFan - 1) / kFan, supers = (groups + kFan - 1) / kFan, first = chain * int64_t{p.tiles};
+    const int64_t groups = (p.tiles + kFan - 1) / kFan, first = chain * int64_t{p.tiles};
     if (is_keeper) publish_entry(p.tile_slots, p.tile_cuts, first + tile, own);
     const bool ends_group = before == kFan - 1;
     if (!ends_group && !needs_carry()) return;
 
+    // A group's last tile publishes the group before it waits for others: else every group would wait for the one
+    // before.
+    const int64_t first_group = chain * groups + group - groups_before;
     fetch(0, p.tile_slots, p.tile_cuts, first + tile - before, before);
+    if (!ends_group) fetch(1, p.group_slots, p.group_cuts, first_group, groups_before);
     __syncthreads();
     Segment<W> in_group{number<W>(1), number<W>(0), false};
     if (is_keeper) {
-#pragma unroll 1
       for (int j = 0; j < before; ++j) in_group = in_group.then(seen(0, j));
       if (ends_group) publish_entry(p.group_slots, p.group_cuts, chain * groups + group, in_group.then(own));
     }
     if (!needs_carry()) return;
-
-    fetch(1, p.group_slots, p.group_cuts, chain * groups + group - groups_before, groups_before);
-    W state = start();
-    if (is_keeper && super > 0) receive(p.super_slots + (chain * supers + super - 1) * p.state_words + thread, channels, state);
-    __syncthreads();
+    if (ends_group) {
+      fetch(1, p.group_slots, p.group_cuts, first_group, groups_before);
+      __syncthreads();
+    }
     if (!is_keeper) return;
-#pragma unroll 1
+    W state = start();
+    if (super > 0) receive(super_slot(super - 1), channels, state);
     for (int j = 0; j < groups_before; ++j) state = seen(1, j).after(state);
     sh.carry[thread] = in_group.after(state);
   }
 
+  __device__ uint64_t* super_slot(int super) const {
+    const int64_t supers = (p.tiles + kFan * kFan - 1) / (kFan * kFan);
+    return p.super_slots + (chain * supers + super) * p.state_words + thread;
+  }
   __device__ bool ends_super_group() const { return tile % (kFan * kFan) == kFan * kFan - 1; }
   __device__ bool is_last() const { return tile + 1 == p.tiles; }
   // With the last state alone wanted, most tiles are done when they have published where they end.
-  __device__ bool needs_carry() const { return p.result || is_last() || ends_super_group() || !p.next_tile; }
+  __device__ bool needs_carry() const { return p.result || is_last() || ends_super_group() || !looks_back(); }
 
   __device__ void scan() {
     const int channel = first_channel + lane * V;
@@ -247,6 +265,7 @@ struct TileScan {
       }
     }
     if (p.reset) {
+#pragma unroll 1
       for (int k = 0; k < in_time; ++k) {
         if constexpr (kBackward) {
           drops |= static_cast<uint32_t>(flag(step + k)) << k;
@@ -257,6 +276,8 @@ struct TileScan {
       }
     }
     if (kBackward && step == 0) cuts |= 1;  // nothing comes from after the end
+    int next_tile = 0;                      // asked for here, its way there and back hides behind the loads
+    if (takes_tiles()) next_tile = take_tile();
     const auto multiplier = [&](int k, int u) { return m[kVarying ? k : 0].at[u]; };
 
     if constexpr (!kVarying) find_powers();
@@ -308,8 +329,9 @@ struct TileScan {
       if constexpr (kVarying) product.at[u] = shuffle_up_number(product.at[u], p.lanes);
     }
     __syncthreads();
+    if (takes_tiles()) sh.next_tile = next_tile;  // all have read the last one
 
-    if (p.next_tile) {
+    if (looks_back()) {
       Segment<W> own{number<W>(1), number<W>(0), false};
       if (is_keeper)
 #pragma unroll 1
@@ -318,16 +340,13 @@ struct TileScan {
       if (!needs_carry()) return;
     }
     if (is_keeper) {
-      W carry = p.next_tile || tile > 0 ? sh.carry[thread] : start();
+      W carry = looks_back() || tile > 0 ? sh.carry[thread] : start();
 #pragma unroll 1
       for (int w = 0; w < kWarps; ++w) {
         sh.enter[w][thread] = narrow<E>(carry);
         carry = of_warp(w).after(carry);
       }
-      if (p.next_tile && ends_super_group()) {
-        const int64_t supers = (p.tiles + kFan * kFan - 1) / (kFan * kFan);
-        publish(p.super_slots + (chain * supers + tile / (kFan * kFan)) * p.state_words + thread, channels, carry);
-      }
+      if (looks_back() && ends_super_group()) publish(super_slot(tile / (kFan * kFan)), channels, carry);
       sh.carry[thread] = carry;
     }
     __syncthreads();
@@ -361,10 +380,11 @@ struct TileScan {
       if (k >= count) continue;
       if (p.result) store(p.result + at + k * stride, x);
       if constexpr (kBackward && kVarying) store(p.da + at + k * stride, da);
-      if (step + k + 1 == p.length) {
-        if (p.last) store(p.last + batch * p.states + channel, x);
-        if constexpr (kBackward) store_first(channel, time(step + k), drops >> k & 1, x);
-      }
+      end = x;
+    }
+    if (count > 0 && step + count == p.length) {
+      if (p.last) store(p.last + batch * p.states + channel, end);
+      if constexpr (kBackward) store_first(channel, time(p.length - 1), drops >> (count - 1) & 1, end);
     }
     if constexpr (kSums) add_up(sum);
   }
@@ -394,78 +414,82 @@ struct TileScan {
     W total = number<W>(0);
 #pragma unroll 1
     for (int w = 0; w < kWarps; ++w) total = add(total, widen(sh.sum[w][thread]));
-    if (p.next_tile) {
+    if (looks_back()) {
       p.partials[(chain * int64_t{p.tiles} + tile) * channels + thread] = total;
       return;
     }
     if (tile > 0) total = add(sh.da[thread], total);
     sh.da[thread] = total;
-    if (is_last() && first_channel + thread < p.states) p.da[batch * p.states + first_channel + thread] = narrow<E>(total);
+    if (is_last() && first_channel + thread < p.states)
+      p.da[batch * p.states + first_channel + thread] = narrow<E>(total);
   }
 
   __device__ static Row load(const E* from) { return *reinterpret_cast<const Row*>(from); }
   __device__ static void store(E* to, const Row& x) { *reinterpret_cast<Row*>(to) = x; }
 };
 
-constexpr int blocks_a_multiprocessor(bool time_varying, Pass pass) { return time_varying || pass == Pass::kBackward ? 2 : 3; }
+constexpr int blocks_a_multiprocessor(bool time_varying, Pass pass) {
+  return time_varying || pass == Pass::kBackward ? 2 : 3;
+}
 
 template <typename E, int V, bool kVarying, Pass kPass>
-__global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kVarying, kPass)) scan_kernel(const Problem<E> p) {
-  using Memory = Shared<E, V>;
+__global__ void __launch_bounds__(kThreads, blocks_a_multiprocessor(kVarying, kPass)) scan_kernel(Problem<E> p) {
+  using Memory = Shared<E, V, kVarying>;
   S5EQX_SHARED(Memory, sh);
   TileScan<E, V, kVarying, kPass> work(p, sh);
-  if (!p.next_tile) {
-    for (int chain = blockIdx.x; chain < p.chains; chain += gridDim.x) {
-      __syncthreads();  // the last chain's powers are no longer read
-      for (int tile = 0; tile < p.tiles; ++tile) {
-        work.choose(chain, tile);
-        work.scan();
-      }
-    }
-    return;
+  int chain = static_cast<int>(blockIdx.x), tile = 0;
+  if (work.looks_back()) {
+    if (work.takes_tiles()) sh.next_tile = work.take_tile();
+    __syncthreads();
   }
   for (;;) {
-    if (threadIdx.x == 0) sh.next_tile = static_cast<int64_t>(fetch_add(p.next_tile, 1) + 1);  // it starts at -1
-    __syncthreads();
-    const int64_t taken = sh.next_tile;
-    if (taken >= p.chains * int64_t{p.tiles}) return;
-    work.choose(static_cast<int>(taken % p.chains), static_cast<int>(taken / p.chains));
+    if (work.looks_back()) {
+      tile = sh.next_tile / p.chains;
+      chain = sh.next_tile - tile * p.chains;
+      if (tile >= p.tiles) return;
+    } else if (chain >= p.chains) {
+      return;
+    }
+    work.choose(chain, tile);
     work.scan();
+    __syncthreads();
+    if (!work.looks_back() && ++tile == p.tiles) {
+      tile = 0;
+      chain += static_cast<int>(gridDim.x);
+    }
   }
 }
 
-// Adds up the tiles' shares of the cotangent of a: runs of tiles by slice, then the slices, all in order.
+// The tiles' shares of the cotangent of a, added up in an order that follows from the number of tiles alone: a block a
+// batch row and state.
 template <typename E>
 struct Sums {
   const Wide<E>* partials;
   E* da;
-  int64_t tiles, states, channel_tiles;
-  int channels;
+  int tiles, states, channel_tiles, channels;
 };
 
-constexpr int kSumThreads = 512;
-
 template <typename E>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const Sums<E> p) {
-  struct Slices {
-    Wide<E> at[kSumThreads];
+__global__ void __launch_bounds__(kThreads) sum_kernel(Sums<E> p) {
+  struct Memory {
+    Wide<E> sum[kThreads];
   };
-  S5EQX_SHARED(Slices, slices);
-  const int64_t chain = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x), channel = thread % p.channels, slice = thread / p.channels;
-  const int count = kSumThreads / p.channels;
-  const int64_t run = (p.tiles + count - 1) / count, first = slice * run;
-  const int64_t end = first + run < p.tiles ? first + run : p.tiles;
-  Wide<E> total = number<Wide<E>>(0);
-#pragma unroll 8
-  for (int64_t tile = first; tile < end; ++tile)
-    total = add(total, p.partials[(chain * p.tiles + tile) * p.channels + channel]);
-  slices.at[thread] = total;
+  S5EQX_SHARED(Memory, sh);
+  const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  const int batch = block / p.states, state = block - batch * p.states;
+  const int channel_tile = state / p.channels, channel = state - channel_tile * p.channels;
+  const Wide<E>* const from =
+      p.partials + (batch * p.channel_tiles + channel_tile) * int64_t{p.tiles} * p.channels + channel;
+  Wide<E> sum = number<Wide<E>>(0);
+#pragma unroll 4
+  for (int tile = thread; tile < p.tiles; tile += kThreads) sum = add(sum, from[int64_t{tile} * p.channels]);
+  sh.sum[thread] = sum;
   __syncthreads();
-  const int64_t batch = chain / p.channel_tiles, state = (chain - batch * p.channel_tiles) * p.channels + channel;
-  if (slice > 0 || state >= p.states) return;
-  for (int s = 1; s < count; ++s) total = add(total, slices.at[s * p.channels + channel]);
-  p.da[batch * p.states + state] = narrow<E>(total);
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (thread < half) sh.sum[thread] = add(sh.sum[thread], sh.sum[thread + half]);
+    __syncthreads();
+  }
+  if (thread == 0) p.da[block] = narrow<E>(sh.sum[0]);
 }
 
 // On the host.
@@ -473,11 +497,13 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const Sums<E> p) {
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 template <typename E, Pass kPass>
-Status launch_scan(const Tiling& t, Problem<E> p, bool is_complex, bool time_varying, void* memory, int64_t blocks, Stream stream) {
+Status launch_scan(const Tiling& t, Problem<E> p, bool is_complex, bool time_varying, void* memory, int64_t blocks,
+                   Stream stream) {
   p.channel_tiles = static_cast<int>(t.channel_tiles);
   p.chains = static_cast<int>(t.chains);
   p.tiles = static_cast<int>(t.tiles);
   p.lanes = t.lanes;
+  while (1 << p.lane_bits < t.lanes) ++p.lane_bits;
   const Workspace w = workspace(t, is_complex, time_varying, kPass);
   int64_t at_most = t.chains;
   if (t.look_back) {
@@ -505,8 +531,8 @@ Status launch_scan(const Tiling& t, Problem<E> p, bool is_complex, bool time_var
   else
     status = time_varying ? run(scan_kernel<E, kWide, true, kPass>) : run(scan_kernel<E, kWide, false, kPass>);
   if (status != Status{} || !t.look_back || kPass == Pass::kForward || time_varying) return status;
-  return launch(sum_kernel<E>, t.chains, kSumThreads, stream,
-                Sums<E>{p.partials, p.da, t.tiles, p.states, t.channel_tiles, t.channels});
+  return launch(sum_kernel<E>, t.chains / t.channel_tiles * p.states, kThreads, stream,
+                Sums<E>{p.partials, p.da, p.tiles, static_cast<int>(p.states), p.channel_tiles, t.channels});
 }
 
 template <typename E>
@@ -529,7 +555,8 @@ const E* as(const void* p) {
 }
 
 template <typename E>
-Status scan_forward_on_gpu(const ScanShape& s, const ForwardArrays<void>& k, void* memory, int64_t blocks, Stream stream) {
+Status scan_forward_on_gpu(const ScanShape& s, const ForwardArrays<void>& k, void* memory, int64_t blocks,
+                           Stream stream) {
   const int64_t states = s.width / (s.is_complex ? 2 : 1);
   Problem<E> p = problem<E>(s, states, s.reverse);
   p.a = as<E>(k.a);
@@ -539,13 +566,15 @@ Status scan_forward_on_gpu(const ScanShape& s, const ForwardArrays<void>& k, voi
   p.result = static_cast<E*>(k.x);
   p.last = static_cast<E*>(k.last);
   bool aligned = true;
-  for (const void* q : {k.a, k.b, k.x0, static_cast<const void*>(k.x), static_cast<const void*>(k.last)}) aligned &= is_aligned(q, 16);
+  for (const void* q : {k.a, k.b, k.x0, static_cast<const void*>(k.x), static_cast<const void*>(k.last)})
+    aligned &= is_aligned(q, 16);
   const Tiling t = tile(s.batch, s.length, states, sizeof(E), s.a_time != 0, Pass::kForward, aligned);
   return launch_scan<E, Pass::kForward>(t, p, s.is_complex, s.a_time != 0, memory, blocks, stream);
 }
 
 template <typename E>
-Status scan_backward_on_gpu(const ScanShape& s, const BackwardArrays<void>& k, void* memory, int64_t blocks, Stream stream) {
+Status scan_backward_on_gpu(const ScanShape& s, const BackwardArrays<void>& k, void* memory, int64_t blocks,
+                            Stream stream) {
   const int64_t states = s.width / (s.is_complex ? 2 : 1);
   Problem<E> p = problem<E>(s, states, !s.reverse);
   p.conjugate = k.conjugate;
@@ -558,14 +587,15 @@ Status scan_backward_on_gpu(const ScanShape& s, const BackwardArrays<void>& k, v
   p.da = static_cast<E*>(k.da);
   p.dx0 = static_cast<E*>(k.dx0);
   bool aligned = true;
-  for (const void* q : {k.a, k.x, k.x0, k.g, static_cast<const void*>(k.lambda), static_cast<const void*>(k.da), static_cast<const void*>(k.dx0)})
+  for (const void* q : {k.a, k.x, k.x0, k.g, static_cast<const void*>(k.lambda), static_cast<const void*>(k.da),
+                        static_cast<const void*>(k.dx0)})
     aligned &= is_aligned(q, 16);
   const Tiling t = tile(s.batch, s.length, states, sizeof(E), s.a_time != 0, Pass::kBackward, aligned);
   return launch_scan<E, Pass::kBackward>(t, p, s.is_complex, s.a_time != 0, memory, blocks, stream);
 }
 
-#define S5EQX_INSTANTIATE(E)                                                                              \
-  template Status scan_forward_on_gpu<E>(const ScanShape&, const ForwardArrays<void>&, void*, int64_t, Stream);    \
+#define S5EQX_INSTANTIATE(E)                                                                                    \
+  template Status scan_forward_on_gpu<E>(const ScanShape&, const ForwardArrays<void>&, void*, int64_t, Stream); \
   template Status scan_backward_on_gpu<E>(const ScanShape&, const BackwardArrays<void>&, void*, int64_t, Stream);
 
 }  // namespace s5eqx

@@ -30,9 +30,9 @@ template <typename T>
 struct BackwardArrays {
   const T *a, *x, *x0;
   const uint8_t* reset;
-  const T* g;                // cotangent of x
-  T *lambda, *da, *dx0;      // cotangents of b, of a (one a batch row), of x0
-  bool conjugate;            // real gradients of float pairs; JAX's own convention for complex has no conjugates
+  const T* g;            // cotangent of x
+  T *lambda, *da, *dx0;  // cotangents of b, of a (one a batch row), of x0
+  bool conjugate;        // real gradients of float pairs; JAX's own convention for complex has no conjugates
 };
 
 // Runs `task` on some of the pool's threads as well as on the caller's. May run it on the caller's alone.

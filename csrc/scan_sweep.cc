@@ -32,22 +32,22 @@ constexpr const char* kName = "generic";
 // A vector of W doubles: W/2 interleaved complex numbers, or W real ones.
 template <int W>
 struct Vec;
-#define S5EQX_VEC(W, SWAP, EVEN, ODD, ALTERNATE)                                    \
-  template <>                                                                       \
-  struct Vec<W> {                                                                   \
-    typedef double D __attribute__((vector_size(W * 8)));                           \
-    typedef float F __attribute__((vector_size(W * 4)));                            \
-    typedef long long I __attribute__((vector_size(W * 8)));                        \
-    static D swap(D v) { return S5EQX_SHUFFLE(v, SWAP); }                           \
-    static D even(D v) { return S5EQX_SHUFFLE(v, EVEN); }                           \
-    static D odd(D v) { return S5EQX_SHUFFLE(v, ODD); }                             \
-    static D alternate() { return D{ALTERNATE}; }                                   \
+#define S5EQX_VEC(W, SWAP, EVEN, ODD, ALTERNATE)             \
+  template <>                                                \
+  struct Vec<W> {                                            \
+    typedef double D __attribute__((vector_size(W * 8)));    \
+    typedef float F __attribute__((vector_size(W * 4)));     \
+    typedef long long I __attribute__((vector_size(W * 8))); \
+    static D swap(D v) { return S5EQX_SHUFFLE(v, SWAP); }    \
+    static D even(D v) { return S5EQX_SHUFFLE(v, EVEN); }    \
+    static D odd(D v) { return S5EQX_SHUFFLE(v, ODD); }      \
+    static D alternate() { return D{ALTERNATE}; }            \
   }
 #define S5EQX_LIST(...) __VA_ARGS__
 S5EQX_VEC(2, S5EQX_LIST(1, 0), S5EQX_LIST(0, 0), S5EQX_LIST(1, 1), S5EQX_LIST(-1, 1));
 #if defined(__AVX512F__)
-S5EQX_VEC(8, S5EQX_LIST(1, 0, 3, 2, 5, 4, 7, 6), S5EQX_LIST(0, 0, 2, 2, 4, 4, 6, 6),
-          S5EQX_LIST(1, 1, 3, 3, 5, 5, 7, 7), S5EQX_LIST(-1, 1, -1, 1, -1, 1, -1, 1));
+S5EQX_VEC(8, S5EQX_LIST(1, 0, 3, 2, 5, 4, 7, 6), S5EQX_LIST(0, 0, 2, 2, 4, 4, 6, 6), S5EQX_LIST(1, 1, 3, 3, 5, 5, 7, 7),
+          S5EQX_LIST(-1, 1, -1, 1, -1, 1, -1, 1));
 #elif defined(__AVX2__)
 S5EQX_VEC(4, S5EQX_LIST(1, 0, 3, 2), S5EQX_LIST(0, 0, 2, 2), S5EQX_LIST(1, 1, 3, 3), S5EQX_LIST(-1, 1, -1, 1));
 #endif
@@ -178,8 +178,9 @@ void backward_tile(const BackwardSweep<T>& k, int64_t at) {
   }
 }
 
-// Covers `width` scalars with tiles of 4 and 1 vectors of W; the last vector overlaps the one before it where W does not
-// divide (it computes the same numbers again). Rows narrower than a vector fall to one complex or real number at a time.
+// Covers `width` scalars with tiles of 4 and 1 vectors of W; the last vector overlaps the one before it where W does
+// not divide (it computes the same numbers again). Rows narrower than a vector fall to one complex or real number at a
+// time.
 template <int W, int Narrow, typename Tile4, typename Tile1, typename TileNarrow>
 inline void cover(int64_t width, Tile4 tile4, Tile1 tile1, TileNarrow narrow) {
   if (width < W) {

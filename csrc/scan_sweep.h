@@ -18,10 +18,10 @@ struct ForwardSweep {
   int64_t reset_step;
   int64_t count, width;
   bool fresh;
-  bool conjugate;     // multiply by conj(a)
-  const double* in;   // (width)
-  double* out;        // (width), apart from `in`
-  double* product;    // (width) or null: the product of the a[i], for time-varying a
+  bool conjugate;    // multiply by conj(a)
+  const double* in;  // (width)
+  double* out;       // (width), apart from `in`
+  double* product;   // (width) or null: the product of the a[i], for time-varying a
 };
 
 // s <- a[i-1] s + g[i], lambda[i] = s, da[i] = s x_prev[i], where x_prev[i] = x[i+1] in the order of the sweep,
@@ -34,8 +34,8 @@ struct BackwardSweep {
   const T* x;
   const T* x_last;  // x_prev of the last step where it is not in x (the initial state), or null
   T* lambda;
-  T* da;            // time-varying: (count, width)
-  double* da_sum;   // time-invariant: (2, width), sums of x_prev * s and of x_prev * swap(s)
+  T* da;           // time-varying: (count, width)
+  double* da_sum;  // time-invariant: (2, width), sums of x_prev * s and of x_prev * swap(s)
   int64_t step;
   const uint8_t* reset;
   int64_t reset_step;

@@ -2,9 +2,9 @@
 // alone, hence so do the bits of the result.
 //
 // A tile is some channels by some steps: `lanes` threads side by side take `vector` channels each, and the rest of the
-// block's threads stand one below the other in time, each with a few consecutive steps. A chain is all tiles of one batch
-// row and one set of channels. With many chains a block takes a whole chain and carries the state along; with few, blocks
-// take single tiles and look back at what the tiles before them have published.
+// block's threads stand one below the other in time, each with a few consecutive steps. A chain is all tiles of one
+// batch row and one set of channels. With many chains a block takes a whole chain and carries the state along; with
+// few, blocks take single tiles and look back at what the tiles before them have published.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 namespace s5eqx {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kLanes = 8;            // at most: 8 accesses of 16 bytes are one line
-constexpr int64_t kFan = 16;         // tiles to a group, and groups to a super-group
-constexpr int64_t kManyChains = 264; // as many keep a large GPU busy, one block a chain
-constexpr int64_t kFewTiles = 4;     // as few are sooner done one after the other
+constexpr int kLanes = 8;              // at most: 8 accesses of 16 bytes are one line
+constexpr int kFan = 16;               // tiles to a group, and groups to a super-group
+constexpr int64_t kManyChains = 1056;  // as many keep a large GPU busy to the end, one block a chain
+constexpr int64_t kFewTiles = 4;       // as few are sooner done one after the other
 
 enum class Pass { kForward, kBackward };
 
@@ -35,13 +35,19 @@ struct Tiling {
   int64_t tiles;          // of a chain
   bool look_back;
 
+  // The kernels count chains, tiles and channels in 32 bits.
+  bool is_countable(int64_t states) const {
+    constexpr int64_t kMost = int64_t{1} << 30;
+    return chains < kMost && states < kMost && tiles < kMost && (!look_back || chains * tiles < kMost);
+  }
   int64_t groups() const { return (tiles + kFan - 1) / kFan; }
   int64_t super_groups() const { return (groups() + kFan - 1) / kFan; }
 };
 
 // `aligned`: every operand starts on 16 bytes. Where one does not, threads take single channels, in the same tiles of
 // time, so that the bits stay.
-inline Tiling tile(int64_t batch, int64_t length, int64_t states, int64_t element_bytes, bool time_varying, Pass pass, bool aligned) {
+inline Tiling tile(int64_t batch, int64_t length, int64_t states, int64_t element_bytes, bool time_varying, Pass pass,
+                   bool aligned) {
   Tiling t{};
   const int64_t full = std::max<int64_t>(1, 16 / element_bytes), vector = states % full == 0 ? full : 1;
   t.lanes = 1;
@@ -89,7 +95,8 @@ inline Workspace workspace(const Tiling& t, bool is_complex, bool time_varying, 
 }
 
 // What the caller must provide, whatever the alignment of its operands turns out to be.
-inline int64_t workspace_bytes(int64_t batch, int64_t length, int64_t states, int64_t scalar_bytes, bool is_complex, bool time_varying, Pass pass) {
+inline int64_t workspace_bytes(int64_t batch, int64_t length, int64_t states, int64_t scalar_bytes, bool is_complex,
+                               bool time_varying, Pass pass) {
   int64_t bytes = 0;
   for (const bool aligned : {true, false}) {
     const Tiling t = tile(batch, length, states, scalar_bytes * (is_complex ? 2 : 1), time_varying, pass, aligned);

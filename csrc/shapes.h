@@ -11,21 +11,49 @@ namespace s5eqx {
 
 namespace ffi = xla::ffi;
 
+inline std::string name_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::PRED:
+      return "bool";
+    case ffi::U8:
+      return "uint8";
+    case ffi::S32:
+      return "int32";
+    case ffi::BF16:
+      return "bfloat16";
+    case ffi::F16:
+      return "float16";
+    case ffi::F32:
+      return "float32";
+    case ffi::F64:
+      return "float64";
+    case ffi::C64:
+      return "complex64";
+    case ffi::C128:
+      return "complex128";
+    default:
+      return "type " + std::to_string(static_cast<int>(type));
+  }
+}
+
 inline std::string show(const ffi::AnyBuffer& buffer) {
   std::string text = "(";
   for (const int64_t n : buffer.dimensions()) text += std::to_string(n) + ", ";
-  return text + "type " + std::to_string(static_cast<int>(buffer.element_type())) + ")";
+  return text + name_of(buffer.element_type()) + ")";
 }
 
 // The first complaint is kept; `shape` is the problem that the operands describe.
 class ScanChecker {
  public:
   // `b`, or whatever stands in its place, sets the sizes: (B, L, P), or (B, L, P, 2) for float pairs.
-  ScanChecker(const char* name, const ffi::AnyBuffer& b, bool pairs, bool reverse) : lead_(name), type_(b.element_type()), pairs_(pairs) {
+  ScanChecker(const char* name, const ffi::AnyBuffer& b, bool pairs, bool reverse)
+      : lead_(name), type_(b.element_type()), pairs_(pairs) {
     const auto dims = b.dimensions();
     const bool is_real = type_ == ffi::F32 || type_ == ffi::F64, is_complex = type_ == ffi::C64 || type_ == ffi::C128;
-    require(is_real || (is_complex && !pairs), name, b, pairs ? "a real type" : "float32, float64, complex64 or complex128");
-    require(dims.size() == (pairs ? 4u : 3u) && (!pairs || dims[3] == 2), name, b, pairs ? "(B, L, P, 2)" : "(B, L, P)");
+    require(is_real || (is_complex && !pairs), name, b,
+            pairs ? "a real type" : "float32, float64, complex64 or complex128");
+    require(dims.size() == (pairs ? 4u : 3u) && (!pairs || dims[3] == 2), name, b,
+            pairs ? "(B, L, P, 2)" : "(B, L, P)");
     if (!message_.empty()) return;
     states_ = dims[2];
     const int64_t scalars = is_complex || pairs ? 2 : 1;
@@ -47,8 +75,8 @@ class ScanChecker {
   void state(const char* name, const ffi::AnyBuffer& x) {
     if (!message_.empty()) return;
     const auto dims = x.dimensions();
-    require(x.element_type() == type_ && dims.size() == (pairs_ ? 3u : 2u) && dims[0] == shape.batch && dims[1] == states_ &&
-                (!pairs_ || dims[2] == 2),
+    require(x.element_type() == type_ && dims.size() == (pairs_ ? 3u : 2u) && dims[0] == shape.batch &&
+                dims[1] == states_ && (!pairs_ || dims[2] == 2),
             name, x, "(B, P), of the type of " + lead_);
   }
   // The cotangent of a: one a batch row, even where a is shared.
@@ -60,7 +88,8 @@ class ScanChecker {
     if (!message_.empty()) return nullptr;
     const auto dims = flags.dimensions();
     const bool byte = flags.element_type() == ffi::PRED || flags.element_type() == ffi::U8;
-    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) && (dims[1] == shape.length || dims[1] == 0),
+    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) &&
+                (dims[1] == shape.length || dims[1] == 0),
             "reset", flags, "(1 or B, L) bytes, or (1, 0) for none");
     if (!message_.empty() || dims[1] == 0) return nullptr;
     shape.reset_batch = dims[0] == 1 ? 0 : shape.length;
@@ -83,7 +112,8 @@ class ScanChecker {
   void exactly(const char* name, const ffi::AnyBuffer& x, int64_t batch, int64_t length) {
     if (!same_kind(name, x)) return;
     const auto dims = x.dimensions();
-    require(dims[0] == batch && dims[1] == length && dims[2] == states_, name, x, "of a shape that follows from a and " + lead_);
+    require(dims[0] == batch && dims[1] == length && dims[2] == states_, name, x,
+            "of a shape that follows from a and " + lead_);
   }
   void require(bool ok, const char* name, const ffi::AnyBuffer& x, const std::string& what) {
     if (ok || !message_.empty()) return;

@@ -11,6 +11,7 @@ from s5eqx import models as models
 from s5eqx import nn as nn
 from s5eqx import ops as ops
 from s5eqx.ops import backends as backends
+from s5eqx.ops import self_test as self_test
 from s5eqx.ops import show_config as show_config
 from s5eqx.ops import use_backend as use_backend
 

@@ -1,6 +1,7 @@
 """Tests run stricter than users do: shapes are checked, dtypes are never promoted silently, x64 is on request."""
 
 import contextlib
+import functools
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -13,6 +14,27 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # the time of the tests is the time of XLA's compiler
+
+
+@functools.cache
+def why_no_gpu():
+    """Why the tests marked `gpu` cannot run here, or nothing."""
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
+        return "no CUDA device that jax can use"
+    import s5eqx  # not above: the shape checker of the tests must be there first
+
+    cuda = s5eqx.backends()[1]
+    return None if cuda.live else f"the native CUDA kernels are not live: {cuda.detail}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Tests marked `gpu` are skipped without a CUDA device, before any of their fixtures; with S5EQX_REQUIRE_GPU=1
+    they fail instead."""
+    if item.get_closest_marker("gpu") and (why := why_no_gpu()):
+        (pytest.fail if os.environ.get("S5EQX_REQUIRE_GPU") == "1" else pytest.skip)(why)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +44,163 @@ def test_show_config(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     for start in ("s5eqx ", "python ", "FFI ", "cpu ", "cuda "):
         assert sum(line.startswith(start) for line in lines) == 1
+    assert sum(line.startswith("jax ") for line in lines) == len(jax.devices())
     text = "\n".join(lines)
     for part in (platform.python_version(), f"jax {jax.__version__}", "equinox", CPU.detail, "S5EQX_SOMETHING=17"):
         assert part in text
 
 
+@pytest.fixture
+def registered(monkeypatch):
+    """What is registered with XLA, instead of registering it; no platform is loaded yet."""
+    names = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda name, _, platform: names.append((platform, name)))
+    monkeypatch.setattr(_native, "_loaded", {})
+    return names
+
+
 @native
-def test_a_module_newer_than_the_runtime_is_not_registered(monkeypatch):
+@pytest.mark.parametrize("platform_name", ("cpu", "cuda"))
+def test_a_module_newer_than_the_runtime_is_not_registered(platform_name, registered, monkeypatch):
     """It would register without complaint and break every computation of the process."""
+    monkeypatch.setitem(_native._PLATFORMS, "cuda", ("_cpu", _native._cpu_detail))  # any module that is there
     monkeypatch.setattr(_native, "_runtime_ffi_api", lambda: (0, 0))
-    monkeypatch.setattr(jax.ffi, "register_ffi_target", pytest.fail)
-    backend = _native._load("cpu", "_cpu")
-    assert not backend.live and "newer than jaxlib's (0, 0): rebuild" in backend.detail
+    with pytest.warns(
+        RuntimeWarning, match=r"_cpu was built and cannot be used: .* newer than jaxlib's \(0, 0\): rebuild"
+    ):
+        assert not _native.is_live(platform_name)
+    assert not _native.is_live(platform_name)  # a second warning would be an error here
+    assert "newer than jaxlib's (0, 0): rebuild" in _native._loaded[platform_name][0].detail and not registered
+
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120", "compute_120")
+
+
+def cuda_module(devices=(), driver=13000, architectures=ARCHITECTURES, toolkit="13.0"):
+    """As the compiled module, on a machine with these devices."""
+    return SimpleNamespace(
+        ffi_api=(0, 1),
+        targets={"s5eqx_scan_forward": None, "s5eqx_scan_final": None},
+        toolkit=toolkit,
+        architectures=architectures,
+        driver=lambda: driver,
+        devices=lambda: list(devices),
+    )
+
+
+@pytest.mark.parametrize(
+    "capability, code",
+    [
+        ((7, 5), "sm_75"),
+        ((7, 0), None),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 0), None),  # machine code is for its own major version, PTX for what is newer
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+        ((13, 0), "compute_120"),
+    ],
+)
+def test_which_code_a_device_runs(capability, code):
+    assert _native._code_for(capability, cuda_module()) == code
+
+
+def test_ptx_of_a_toolkit_newer_than_the_driver_does_not_count():
+    """The driver refuses it; machine code of the same module runs."""
+    module = cuda_module(toolkit="13.5")
+    assert _native._code_for((13, 0), module) is None
+    assert _native._code_for((9, 0), module) == "sm_90"
+    assert _native._code_for((13, 0), cuda_module(toolkit="13.5", driver=13050)) == "compute_120"
+
+
+H200 = ("NVIDIA H200", 9, 0)
+BUILT = "CUDA 13.0, sm_75 … sm_120, PTX 12.0"
+
+
+@pytest.mark.parametrize(
+    "module, live, detail",
+    [
+        (cuda_module([H200]), True, f"native kernels, {BUILT}; 1 device: NVIDIA H200 (sm_90)"),
+        (
+            cuda_module([H200, ("A10", 8, 6), H200]),
+            True,
+            f"native kernels, {BUILT}; 3 devices: 2 x NVIDIA H200 (sm_90), A10 (sm_86)",
+        ),
+        (cuda_module(driver=0), True, f"native kernels, {BUILT}; no CUDA device: driver missing"),
+        (cuda_module(), True, f"native kernels, {BUILT}; no CUDA device: none visible"),
+        (
+            cuda_module(architectures=("sm_90", "compute_90"), driver=0),
+            True,
+            "native kernels, CUDA 13.0, sm_90, PTX 9.0; no CUDA device: driver missing",
+        ),
+        (  # the CUDA runtime then reports no devices
+            cuda_module(driver=12080),
+            False,
+            "built with CUDA 13.0, and the driver ends at CUDA 12.8: update the driver, or install s5eqx again with "
+            "the nvcc of CUDA 12",
+        ),
+        (
+            cuda_module([H200, ("NVIDIA B200", 10, 0)]),
+            False,
+            f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx again with "
+            'S5EQX_CUDA_ARCHS="90;100"',
+        ),
+    ],
+)
+def test_what_is_said_of_cuda(module, live, detail, registered, monkeypatch, capsys):
+    monkeypatch.setattr(_native, "_import", lambda name: module)
+    monkeypatch.setitem(_native._loaded, "cpu", (CPU, None))
+    assert _native.backends()[1] == _native.NativeBackend("cuda", live, detail)
+    assert registered == ([("cuda", name) for name in module.targets] if live else [])
+    _native.show_config()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"cuda    {'live' if live else 'plain JAX'}: {detail}" in lines
+    assert f"code    {' '.join(module.architectures)}" in lines
+    assert [line for line in lines if line.startswith("driver ")]
+    for name, major, minor in module.devices():
+        code = "none of it" if (major, minor) == (10, 0) else ("sm_80" if major == 8 else "sm_90")
+        assert f"device  {name} (sm_{major}{minor}) runs {code}" in lines
+
+
+def test_cuda_is_asked_late_and_once(registered, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_native, "_import", lambda name: asked.append(name) or cuda_module())
+    assert [_native.is_live("cuda") for _ in range(3)] == [True] * 3
+    assert asked == ["_cuda"] and len(registered) == 2
+    code = "import sys, s5eqx; assert 's5eqx.ops._cuda' not in sys.modules and 'cuda' not in s5eqx.ops._native._loaded"
+    done = run_python(code, Path(s5eqx.__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "dtype, pairs, scalar_bytes, is_complex",
+    [
+        ("float32", False, 4, False),
+        ("float64", False, 8, False),
+        ("float32", True, 4, True),
+        ("complex64", False, 4, True),
+        ("complex128", False, 8, True),
+    ],
+)
+def test_what_a_workspace_is_computed_from(dtype, pairs, scalar_bytes, is_complex, registered, monkeypatch):
+    module, asked = cuda_module(), []
+    module.workspace_bytes = lambda *arguments: asked.append(arguments) or 17
+    monkeypatch.setattr(_native, "_import", lambda name: module)
+    tail = (5, 2) if pairs else (5,)
+    for steps in (1, 7):
+        size = _native.workspace_bytes("cuda", "s5eqx_scan_final", (1, steps, *tail), (3, 7, *tail), dtype, pairs)
+        assert size == 17 and asked.pop() == ("s5eqx_scan_final", 3, 7, 5, scalar_bytes, is_complex, steps > 1)
+    assert _native.workspace_bytes("cpu", "s5eqx_scan_final", (1, 1, *tail), (3, 7, *tail), dtype, pairs) is None
+
+
+def test_devices_that_are_not_there(monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'tpu'\nand why")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    s5eqx.show_config()
+    assert "jax     no devices: Unable to initialize backend 'tpu'" in capsys.readouterr().out.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +254,7 @@ def test_a_module_that_does_not_load_is_reported(source_tree, tmp_path):
     done = run_python(WITHOUT_EDITABLE_INSTALL + WITHOUT_KERNELS, tmp_path / "broken")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("the module does not load: ")
+    assert done.stderr.count("RuntimeWarning: s5eqx.ops._cpu was built and cannot be used: ") == 1
 
 
 def test_importing_s5eqx_imports_no_training_tools():
@@ -155,6 +302,13 @@ def test_every_instruction_set(level):
     assert done.stdout.strip() == f"native kernels, {level}"
 
 
+@native
+def test_an_instruction_set_that_there_is_not(registered, monkeypatch):
+    monkeypatch.setenv("S5EQX_CPU_ISA", "avx9")
+    with pytest.warns(RuntimeWarning, match="S5EQX_CPU_ISA must be generic, x86-64-v3 or x86-64-v4.*got 'avx9'"):
+        assert _native.is_live("cpu")
+
+
 # The FFI targets themselves. Anything can be handed to them, and nothing may crash them.
 
 F32 = jnp.float32
@@ -173,8 +327,10 @@ BACKWARD = {
     "g": ((2, 5, 3), F32),
 }
 BACKWARD_RESULTS = {"lambda": ((2, 5, 3), F32), "da": ((2, 1, 3), F32), "dx0": ((2, 3), F32)}
+FINAL_RESULTS = {"last": ((2, 3), F32)}
 TARGETS = {
     "forward": (FORWARD, FORWARD_RESULTS),
+    "final": (FORWARD, FINAL_RESULTS),
     "backward": (BACKWARD, BACKWARD_RESULTS),
 }
 
@@ -188,14 +344,15 @@ def call(target, changes=(), **attributes):
     return [np.asarray(z) for z in jax.ffi.ffi_call(f"s5eqx_scan_{target}", shapes)(*ones, **attributes)]
 
 
+FORWARD_SHAPES = {
+    "a": [(), (3,), (1, 3), (3, 1, 3), (1, 4, 3), (1, 1, 4), (1, 1, 3, 2), (2, 5, 3, 1), (0, 1, 3), (1, 0, 3)],
+    "b": [(), (5,), (5, 3), (2, 5, 3, 2), (2, 5, 3, 1)],
+    "x0": [(), (3,), (1, 3), (3, 3), (2, 4), (2, 3, 2), (0, 3)],
+    "reset": [(), (5,), (1, 4), (3, 5), (2, 5, 1), (1, 6), (0, 5)],
+}
 SHAPES = {
-    "forward": {
-        "a": [(), (3,), (1, 3), (3, 1, 3), (1, 4, 3), (1, 1, 4), (1, 1, 3, 2), (2, 5, 3, 1), (0, 1, 3), (1, 0, 3)],
-        "b": [(), (5,), (5, 3), (2, 5, 3, 2), (2, 5, 3, 1)],
-        "x0": [(), (3,), (1, 3), (3, 3), (2, 4), (2, 3, 2), (0, 3)],
-        "reset": [(), (5,), (1, 4), (3, 5), (2, 5, 1), (1, 6), (0, 5)],
-        "x": [(), (2, 3), (2, 5, 4), (2, 6, 3), (1, 5, 3), (2, 5, 3, 2)],
-    },
+    "forward": FORWARD_SHAPES | {"x": [(), (2, 3), (2, 5, 4), (2, 6, 3), (1, 5, 3), (2, 5, 3, 2)]},
+    "final": FORWARD_SHAPES | {"last": [(), (3,), (2, 5, 3), (1, 3), (2, 4), (2, 3, 2)]},
     "backward": {
         "a": [(), (3,), (3, 1, 3), (1, 4, 3), (1, 1, 4), (1, 1, 3, 2)],
         "x": [(), (2, 5), (2, 4, 3), (1, 5, 3), (2, 5, 2)],
@@ -222,8 +379,8 @@ def test_raw_targets_refuse_wrong_shapes(target, name):
 @pytest.mark.parametrize("target, name", [(t, n) for t, names in SHAPES.items() for n in names])
 def test_raw_targets_refuse_wrong_dtypes(target, name, x64):
     """The sizing operand sets the type of the others; a change of it is then a complaint about the first of them."""
-    right = {**FORWARD, **FORWARD_RESULTS, **BACKWARD, **BACKWARD_RESULTS}[name][0]
-    sizing = {"forward": "b", "backward": "g"}[target]
+    right = (TARGETS[target][0] | TARGETS[target][1])[name][0]
+    sizing = {"forward": "b", "final": "b", "backward": "g"}[target]
     for dtype in (jnp.float64, jnp.complex64, jnp.int32, jnp.bfloat16, jnp.float16, jnp.int8):
         blamed = r"\w+" if name == sizing else name
         with pytest.raises(jax.errors.JaxRuntimeError, match=rf"s5eqx scan: {blamed} must be .*got \("):
@@ -268,15 +425,20 @@ def test_raw_targets_take_what_fits():
     (x,) = call("forward", reverse=True)
     np.testing.assert_array_equal(x[0, :, 0], [6, 5, 4, 3, 2])
     for flags in (((1, 5), jnp.uint8), ((2, 5), bool)):
-        (x,) = call("forward", {"a": ((2, 5, 3), F32), "reset": flags})
-        np.testing.assert_array_equal(x, 1)
+        for target in ("forward", "final"):
+            (x,) = call(target, {"a": ((2, 5, 3), F32), "reset": flags})
+            np.testing.assert_array_equal(x, 1)
+    (last,) = call("final")
+    np.testing.assert_array_equal(last, 6)
     cotangent, da, dx0 = call("backward")
     np.testing.assert_array_equal(cotangent[0, :, 0], [5, 4, 3, 2, 1])
     assert (da == 15).all() and (dx0 == 5).all()
     for batch, length in ((0, 5), (2, 0), (0, 0)):
         own = {"b": ((batch, length, 3), F32), "x0": ((batch, 3), F32), "x": ((batch, length, 3), F32)}
-        own |= {"g": own["b"], "lambda": own["b"], "da": ((batch, 1, 3), F32), "dx0": own["x0"]}
+        own |= {"g": own["b"], "lambda": own["b"], "da": ((batch, 1, 3), F32), "dx0": own["x0"], "last": own["x0"]}
         assert call("forward", own)[0].shape == (batch, length, 3)
+        np.testing.assert_array_equal(call("final", own)[0], np.ones((batch, 3)) if length == 0 else np.ones((0, 3)))
         assert not any(z.any() for z in call("backward", own))
     none = {"b": ((2, 5, 0), F32), "x0": ((2, 0), F32), "x": ((2, 5, 0), F32), "a": ((1, 1, 0), F32)}
     assert call("forward", none)[0].size == 0
+    assert call("final", none | {"last": ((2, 0), F32)})[0].size == 0

@@ -31,13 +31,6 @@ def test_empty(shape, backend):
             np.testing.assert_array_equal(last, p.x0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_final_state(reverse):
-    p = problem(LAYOUTS["complex64"], (2,), 7, 3, reverse=reverse)
-    expected = recurrence(*p.arrays, reverse=reverse)[:, 0 if reverse else -1]
-    assert relative_error(final_state(*p.arrays, reverse=reverse), expected) < 1e-6
-
-
 def test_eager_is_jitted_and_numpy_serves():
     p = problem(LAYOUTS["float32"], (2,), 50, 5, reset=(50,))
     eager = diagonal_scan(*p.arrays, reset=p.reset)

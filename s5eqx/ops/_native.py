@@ -6,10 +6,16 @@ import importlib.machinery
 import os
 import platform
 import re
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _HERE = Path(__file__).parent
 
@@ -41,52 +47,189 @@ def _why_absent(name: str) -> str:
     return "not part of this build"
 
 
-def _load(platform_name: str, name: str) -> NativeBackend:
+class _NotLive(Exception):
+    """Why the kernels of a platform are not live, in one line."""
+
+
+def _import(name: str) -> Any:
     # In this folder and nowhere else: an editable install elsewhere also answers to the name.
     if importlib.machinery.PathFinder.find_spec(f"s5eqx.ops.{name}", [str(_HERE)]) is None:
-        return NativeBackend(platform_name, False, _why_absent(name))
+        raise _NotLive(_why_absent(name))
     try:
         module = importlib.import_module(f"s5eqx.ops.{name}")
     except ImportError as error:
-        return NativeBackend(platform_name, False, f"the module does not load: {error}")
-    # A handler that is newer than the runtime registers without complaint and then breaks the whole backend.
-    runtime = _runtime_ffi_api()
-    if module.ffi_api > runtime:
-        return NativeBackend(
-            platform_name,
-            False,
-            f"built for FFI API {module.ffi_api}, newer than jaxlib's {runtime}: rebuild s5eqx with this jaxlib",
+        problem = f"the module does not load: {error}"
+    else:
+        # A handler that is newer than the runtime registers without complaint and then breaks the whole backend.
+        runtime = _runtime_ffi_api()
+        if module.ffi_api <= runtime:
+            return module
+        problem = f"built for FFI API {module.ffi_api}, newer than jaxlib's {runtime}: rebuild s5eqx with this jaxlib"
+    warnings.warn(f"s5eqx.ops.{name} was built and cannot be used: {problem}", RuntimeWarning, stacklevel=2)
+    raise _NotLive(problem)
+
+
+def _cpu_detail(module: Any) -> str:
+    wish = os.environ.get("S5EQX_CPU_ISA", module.instruction_set)
+    if wish != module.instruction_set:
+        warnings.warn(
+            "S5EQX_CPU_ISA must be generic, x86-64-v3 or x86-64-v4, and one that the build and the processor have; "
+            f"got {wish!r}, so the kernels run {module.instruction_set}.",
+            RuntimeWarning,
+            stacklevel=2,
         )
+    return module.instruction_set
+
+
+def _capability(architecture: str) -> tuple[int, int]:
+    number = architecture.rpartition("_")[2]
+    return int(number[:-1]), int(number[-1])
+
+
+def _code_for(device: tuple[int, int], module: Any) -> str | None:
+    """Which of the module's architectures a device of this compute capability runs, if any.
+
+    Machine code runs on its own major version, from its own minor version on. PTX is compiled by the driver for what is
+    newer than itself, unless it was written by a toolkit newer than the driver.
+    """
+    ptx = _release(module.driver()) >= _release(module.toolkit)
+    fitting = [
+        architecture
+        for architecture in module.architectures
+        if (own := _capability(architecture)) <= device
+        and (own[0] == device[0] if architecture.startswith("sm_") else ptx)
+    ]
+    return max(fitting, key=lambda a: (a.startswith("sm_"), _capability(a)), default=None)
+
+
+def _release(version: int | str) -> tuple[int, int]:
+    """Of CUDA: 13.0 in the driver's notation, 13000, or in the toolkit's."""
+    if isinstance(version, int):
+        return version // 1000, version % 1000 // 10
+    major, minor = map(int, version.split("."))
+    return major, minor
+
+
+def _dotted(numbers: Sequence[int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _cuda_detail(module: Any) -> str:
+    driver, devices = _release(module.driver()), module.devices()
+    machine_code = [a for a in module.architectures if a.startswith("sm_")]
+    ptx = [f"PTX {_dotted(_capability(a))}" for a in module.architectures if a.startswith("compute_")]
+    span = " … ".join([machine_code[0], *machine_code[1:][-1:]])
+    built = ", ".join([f"CUDA {module.toolkit}", span, *ptx])
+    if not devices and (0, 0) < driver < (_release(module.toolkit)[0], 0):
+        raise _NotLive(
+            f"built with CUDA {module.toolkit}, and the driver ends at CUDA {_dotted(driver)}: update the driver, or "
+            f"install s5eqx again with the nvcc of CUDA {driver[0]}"
+        )
+    if not devices:
+        return f"{built}; no CUDA device: {'none visible' if any(driver) else 'driver missing'}"
+    for name, *capability in devices:
+        if _code_for((capability[0], capability[1]), module) is None:
+            wanted = sorted({(major, minor) for _, major, minor in devices})
+            raise _NotLive(
+                f"{name} (sm_{capability[0]}{capability[1]}) runs nothing of what was built ({built}): install s5eqx "
+                f'again with S5EQX_CUDA_ARCHS="{";".join(f"{major}{minor}" for major, minor in wanted)}"'
+            )
+    kinds = Counter(f"{name} (sm_{major}{minor})" for name, major, minor in devices)
+    listed = ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
+    return f"{built}; {len(devices)} {'device' if len(devices) == 1 else 'devices'}: {listed}"
+
+
+_PLATFORMS = {"cpu": ("_cpu", _cpu_detail), "cuda": ("_cuda", _cuda_detail)}
+_loaded: dict[str, tuple[NativeBackend, Any]] = {}
+_lock = threading.Lock()
+
+
+def _load(platform_name: str) -> tuple[NativeBackend, Any]:
+    name, detail = _PLATFORMS[platform_name]
+    module = None
+    try:
+        module = _import(name)
+        backend = NativeBackend(platform_name, True, f"native kernels, {detail(module)}")
+    except _NotLive as why:
+        return NativeBackend(platform_name, False, str(why)), module
     for target, handler in module.targets.items():
         jax.ffi.register_ffi_target(target, handler, platform=platform_name)
-    return NativeBackend(platform_name, True, f"native kernels, {module.instruction_set}")
+    return backend, module
 
 
-_BACKENDS = {"cpu": _load("cpu", "_cpu"), "cuda": _load("cuda", "_cuda")}
+def _backend(platform_name: str) -> tuple[NativeBackend, Any]:
+    """What became of a platform, and its module. Found out at the first question, once a process.
 
-if os.environ.get("S5EQX_REQUIRE_NATIVE") == "1" and not _BACKENDS["cpu"].live:
-    raise ImportError(f"S5EQX_REQUIRE_NATIVE=1, but the native CPU kernels are not live: {_BACKENDS['cpu'].detail}")
+    Not when s5eqx is imported: to ask CUDA's driver then would break programs that fork afterwards.
+    """
+    with _lock:
+        if platform_name not in _loaded:
+            _loaded[platform_name] = _load(platform_name)
+        return _loaded[platform_name]
+
+
+_cpu = _backend("cpu")[0]
+if os.environ.get("S5EQX_REQUIRE_NATIVE") == "1" and not _cpu.live:
+    raise ImportError(f"S5EQX_REQUIRE_NATIVE=1, but the native CPU kernels are not live: {_cpu.detail}")
 
 
 def is_live(platform_name: str) -> bool:
     """Whether the native kernels of a platform are registered."""
-    return _BACKENDS[platform_name].live
+    return _backend(platform_name)[0].live
+
+
+def workspace_bytes(
+    platform_name: str, target: str, a_shape: Sequence[int], b_shape: Sequence[int], dtype: Any, pairs: bool
+) -> int | None:
+    """The size of the workspace that a live target wants as its last result, for operands in canonical shapes.
+
+    None where the platform's targets take no workspace.
+    """
+    if platform_name == "cpu":
+        return None
+    dtype = jnp.dtype(dtype)
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    scalar_bytes = dtype.itemsize // 2 if is_complex else dtype.itemsize
+    batch, length, states = b_shape[:3]
+    module = _backend(platform_name)[1]
+    return module.workspace_bytes(target, batch, length, states, scalar_bytes, is_complex or pairs, a_shape[1] > 1)
 
 
 def backends() -> tuple[NativeBackend, ...]:
     """The native backends, live or not, each with its one-line reason."""
-    return tuple(_BACKENDS.values())
+    return tuple(_backend(platform_name)[0] for platform_name in _PLATFORMS)
+
+
+def _lowering_platform(device: Any) -> str:
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 def show_config() -> None:
-    """Prints versions, backends, and the environment variables that change what is built and run."""
+    """Prints versions, backends, devices, and the environment variables that change what is built and run."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "equinox")}
     print(f"s5eqx   {_HERE.parent}")
     print(f"python  {platform.python_version()} on {platform.machine()}")
     print("with    " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    print(f"FFI     API {'.'.join(map(str, _runtime_ffi_api()))}")
+    modules = {name: _backend(platform_name)[1] for platform_name, (name, _) in _PLATFORMS.items()}
+    built = [f"; {name} built for {_dotted(module.ffi_api)}" for name, module in modules.items() if module]
+    print(f"FFI     API {_dotted(_runtime_ffi_api())}" + "".join(built))
     for backend in backends():
         print(f"{backend.platform:<8}{'live' if backend.live else 'plain JAX'}: {backend.detail}")
+    if cuda := modules["_cuda"]:
+        print(f"driver  {f'CUDA {_dotted(_release(cuda.driver()))}' if cuda.driver() else 'none'}")
+        print(f"code    {' '.join(cuda.architectures)}")
+        for name, major, minor in cuda.devices():
+            print(f"device  {name} (sm_{major}{minor}) runs {_code_for((major, minor), cuda) or 'none of it'}")
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # the platform that JAX_PLATFORMS asks for is not there
+        devices = []
+        print(f"jax     no devices: {str(error).splitlines()[0]}")
+    for device in devices:
+        live = (name := _lowering_platform(device)) in _PLATFORMS and is_live(name)
+        print(f"jax     {device} ({device.device_kind}) runs {'native kernels' if live else 'plain JAX'}")
     for name in sorted(os.environ):
         if name.startswith("S5EQX_"):
             print(f"{name}={os.environ[name]}")

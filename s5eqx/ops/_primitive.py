@@ -1,15 +1,18 @@
 """What the operations' JAX primitives have in common: binding, batching, lowering, derivatives by composition."""
 
+import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from s5eqx.ops import _native
+from s5eqx.ops._partition import partitioned, sees_devices
 
 Arrays = Sequence[jax.Array]
 STATIC = ("reverse", "pairs", "backend")
@@ -19,6 +22,17 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which `x` varies, inside `jax.shard_map`."""
     aval = jax.typeof(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def _lifted(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`x`, varying over `axes` too."""
+    missing = tuple(sorted(axes - _varying_axes(x)))
+    return _vary_over(x, missing) if missing else x
+
+
+def varying_like(x: jax.Array, constant: jax.Array) -> jax.Array:
+    """`constant`, varying over the mesh axes that `x` varies over: a loop's carry must."""
+    return _lifted(constant, _varying_axes(x))
 
 
 def _vary_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -33,12 +47,8 @@ def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]
     The lift's transpose is the sum over devices that the gradient of a replicated operand needs. Without it
     that gradient is silently one device's share.
     """
-    axes = [_varying_axes(x) for x in operands]
-    union = frozenset().union(*axes)
-    lifted = [
-        _vary_over(x, tuple(sorted(union - own))) if union - own else x for x, own in zip(operands, axes, strict=True)
-    ]
-    return primitive.bind(*lifted, **params)
+    union = frozenset().union(*map(_varying_axes, operands))
+    return primitive.bind(*(_lifted(x, union) for x in operands), **params)
 
 
 def new_primitive(name: str, outputs: Callable[..., list[Any]]) -> Primitive:
@@ -46,6 +56,7 @@ def new_primitive(name: str, outputs: Callable[..., list[Any]]) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(outputs)
+    sees_devices(primitive)
     # One jit for all eager calls: a fresh one each time would compile each time.
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=STATIC))
     return primitive
@@ -67,33 +78,70 @@ def lower_plainly(primitive: Primitive, implementation: Callable[..., Arrays]) -
 
 
 def lower_natively(
-    primitive: Primitive, target: str, *, on_cpu: Callable[..., Arrays], elsewhere: Callable[..., Arrays]
+    primitive: Primitive, target: str, axes: str, *, on_cpu: Callable[..., Arrays], elsewhere: Callable[..., Arrays]
 ) -> None:
     """Calls the FFI `target` on every platform whose kernels are live, and runs plain JAX on the others.
 
-    `on_cpu` is the plain form for XLA's CPU backend, `elsewhere` the one for any other.
+    `axes` are the letters of operands and results, as in "BLP BP -> BLP": a program for several devices calls the
+    kernel on what each of them holds of B and P. `on_cpu` is the plain form for XLA's CPU backend, `elsewhere` the
+    one for any other.
     """
 
     def rule_for(platform, plain):
         def rule(ctx, *operands, backend, **attributes):
             live = platform is not None and _native.is_live(platform)
             if backend == "jax" or (backend == "auto" and not live):
+                if backend == "auto" and platform == "cuda" and _has_devices(platform):
+                    _warn_of_fallback(platform, _why_not_live(platform))
                 lowering = mlir.lower_fun(plain, multiple_results=True)
                 return lowering(ctx, *operands, backend=backend, **attributes)
             if not live:
-                why = [b.detail for b in _native.backends() if b.platform == platform] or ["there are none"]
                 raise RuntimeError(
-                    f"The native kernels are not live on {' or '.join(ctx.module_context.platforms)} ({why[0]}), and "
-                    'use_backend("native") asks for them. Use "auto" to fall back on plain JAX.'
+                    f"The native kernels are not live on {' or '.join(ctx.module_context.platforms)} "
+                    f'({_why_not_live(platform)}), and use_backend("native") asks for them. Use "auto" to fall back on '
+                    "plain JAX."
                 )
-            return jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)
+            call = partial(primitive.bind, backend=backend, **attributes)
+            spread = partitioned(ctx, call, axes)
+            if spread is not None:
+                return mlir.lower_fun(spread, multiple_results=True)(ctx, *operands)
+            return _call_target(target, platform, ctx, operands, attributes)
 
         return rule
 
     mlir.register_lowering(primitive, rule_for(None, elsewhere))
     mlir.register_lowering(primitive, rule_for("cpu", on_cpu), platform="cpu")
-    if _native.is_live("cuda"):
-        mlir.register_lowering(primitive, rule_for("cuda", elsewhere), platform="cuda")
+    mlir.register_lowering(primitive, rule_for("cuda", elsewhere), platform="cuda")
+
+
+def _call_target(target, platform, ctx, operands, attributes):
+    """The FFI call itself, with room to work in where the platform's kernels want it."""
+    results, (a, b) = ctx.avals_out, ctx.avals_in[:2]
+    size = _native.workspace_bytes(platform, target, a.shape, b.shape, b.dtype, attributes["pairs"])
+    if size is not None:
+        ctx = ctx.replace(avals_out=[*results, ShapedArray((size,), jnp.uint8)])
+    return jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)[: len(results)]
+
+
+def _why_not_live(platform):
+    return next((b.detail for b in _native.backends() if b.platform == platform), "there are none")
+
+
+def _has_devices(platform):
+    try:
+        return bool(jax.devices(platform))
+    except RuntimeError:  # lowered for a platform that is not here
+        return False
+
+
+@cache
+def _warn_of_fallback(platform, why):
+    warnings.warn(
+        f"s5eqx has no kernels for this {platform} device and runs plain JAX, which is slower: {why}. "
+        '`s5eqx.show_config()` tells what is there; `use_backend("jax")` asks for plain JAX and does not warn.',
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def differentiate_by(primitive: Primitive, composition: Callable[..., Arrays]) -> None:

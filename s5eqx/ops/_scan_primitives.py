@@ -1,6 +1,7 @@
-"""The scan as three JAX primitives, closed under differentiation, batching and sharding.
+"""The scan as four JAX primitives, closed under differentiation, batching and sharding.
 
     forward    x[t] = a[t] x[t-1] + b[t]
+    final      its last state alone; the others are never written
     tangent    its derivative, linear in the tangents of a, b and x0
     backward   the transpose of the tangent: one fused pass that gives the cotangents of b, a and x0
 
@@ -10,6 +11,8 @@ none; float pairs carry a last axis of 2. The cotangent of `a` comes one a batch
 The two layouts differ in the sign of the gradient: the cotangents of float pairs are real gradients, so the
 multiplier of the backward pass is conj(a); those of complex arrays follow JAX, whose transposes have no conjugates.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +90,23 @@ def _backward(a, x, x0, reset, g, *, reverse, pairs, backend):
     return [cotangent, da if a.shape[1] > 1 else jnp.sum(da, axis=1, keepdims=True), dx0]
 
 
+def last_state(x: jax.Array, x0: jax.Array, reverse: bool) -> jax.Array:
+    """The last of the states `x` in the order of the scan; `x0` where L = 0."""
+    return x[:, 0 if reverse else -1] if x.shape[1] else x0
+
+
+def _final(scan):
+    """The plain form of the last state, by the plain form of the scan."""
+
+    def final(a, b, x0, reset, *, reverse, **options):
+        (x,) = scan(a, b, x0, reset, reverse=reverse, **options)
+        return [last_state(x, x0, reverse)]
+
+    return final
+
+
 scan_p = new_primitive("s5eqx_scan", lambda a, b, x0, reset, **_: [like(b, b.shape)])
+final_p = new_primitive("s5eqx_scan_final", lambda a, b, x0, reset, **_: [like(x0, x0.shape)])
 tangent_p = new_primitive("s5eqx_scan_tangent", lambda a, x, *_, **__: [like(x, x.shape)])
 backward_p = new_primitive(
     "s5eqx_scan_backward",
@@ -98,11 +117,15 @@ backward_p = new_primitive(
     ],
 )
 
-lower_natively(scan_p, "s5eqx_scan_forward", on_cpu=loop, elsewhere=blocked)
-lower_natively(backward_p, "s5eqx_scan_backward", on_cpu=_backward, elsewhere=_backward)
+lower_natively(scan_p, "s5eqx_scan_forward", "BLP BLP BP BL -> BLP", on_cpu=loop, elsewhere=blocked)
+lower_natively(final_p, "s5eqx_scan_final", "BLP BLP BP BL -> BP", on_cpu=_final(loop), elsewhere=_final(blocked))
+lower_natively(
+    backward_p, "s5eqx_scan_backward", "BLP BLP BP BL BLP -> BLP BLP BP", on_cpu=_backward, elsewhere=_backward
+)
 lower_plainly(tangent_p, _tangent)
 
 fold_batches(scan_p, batched=1, shareable=(0, 3))
+fold_batches(final_p, batched=1, shareable=(0, 3))
 fold_batches(tangent_p, batched=1, shareable=(0, 3, 4))
 fold_batches(backward_p, batched=1, shareable=(0, 3))
 
@@ -122,11 +145,38 @@ def _scan_jvp(primals, tangents, **params):
     return [x], bind(tangent_p, a, x, x0, reset, da, db, dx0, **params)
 
 
+def _final_jvp(primals, tangents, *, reverse, **options):
+    a, _, x0, reset = primals
+    if all(isinstance(t, ad.Zero) for t in tangents[:3]):
+        (last,) = bind(final_p, *primals, reverse=reverse, **options)
+        return [last], [ad.Zero(jax.typeof(last).to_tangent_aval())]
+    if isinstance(tangents[0], ad.Zero):  # linear in the others: no state but the last is needed
+        db, dx0 = map(ad.instantiate_zeros, tangents[1:3])
+        final = partial(bind, final_p, reverse=reverse, **options)
+        return final(*primals), final(a, db, dx0, reset)
+    # The tangent of a needs all states, and the last one is among them.
+    da, db, dx0 = map(ad.instantiate_zeros, tangents[:3])
+    (x,) = bind(scan_p, *primals, reverse=reverse, **options)
+    (dx,) = bind(tangent_p, a, x, x0, reset, da, db, dx0, reverse=reverse, **options)
+    return [last_state(x, x0, reverse)], [last_state(dx, dx0, reverse)]
+
+
 def _scan_transpose(cotangents, a, b, x0, reset, **params):
     (g,) = cotangents
     if isinstance(g, ad.Zero):
         return [None, None, None, None]
     db, dx0 = _adjoint(a, g, reset, **params)
+    return [None, *wanted((b, x0), (db, dx0)), None]
+
+
+def _final_transpose(cotangents, a, b, x0, reset, *, reverse, **options):
+    (g,) = cotangents
+    if isinstance(g, ad.Zero):
+        return [None, None, None, None]
+    shape = (b.aval if ad.is_undefined_primal(b) else b).shape
+    at_end = jnp.zeros((shape[0], shape[1] - 1, *shape[2:]), g.dtype)
+    g = jnp.concatenate([g[:, None], at_end] if reverse else [at_end, g[:, None]], axis=1)
+    db, dx0 = _adjoint(a, g, reset, reverse=reverse, **options)
     return [None, *wanted((b, x0), (db, dx0)), None]
 
 
@@ -143,4 +193,6 @@ def _tangent_transpose(cotangents, a, x, x0, reset, da, db, dx0, **params):
 
 ad.primitive_jvps[scan_p] = _scan_jvp
 ad.primitive_transposes[scan_p] = _scan_transpose
+ad.primitive_jvps[final_p] = _final_jvp
+ad.primitive_transposes[final_p] = _final_transpose
 ad.primitive_transposes[tangent_p] = _tangent_transpose

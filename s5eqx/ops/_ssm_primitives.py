@@ -27,40 +27,48 @@ from s5eqx.ops._primitive import (
     wanted,
 )
 from s5eqx.ops._scan_primitives import backward_p as scan_backward_p
-from s5eqx.ops._scan_primitives import scan_p
+from s5eqx.ops._scan_primitives import last_state, scan_p
 from s5eqx.ops._scan_primitives import tangent_p as scan_tangent_p
 
 
+# Reshaped in two steps, each of one axis: an axis that is sharded under an explicit mesh survives only such steps.
 def _rows(z, width):
-    return z.reshape(-1, width)
+    """(B, L, ...) as (B L, width)."""
+    return z.reshape(*z.shape[:2], width).reshape(z.shape[0] * z.shape[1], width)
 
 
-def _last(x, x0):
-    return x[:, -1] if x.shape[1] else x0
+def _states(z, shape):
+    """(B L, 2P) as (B, L, P, 2)."""
+    return z.reshape(*shape[:2], z.shape[1]).reshape(shape)
+
+
+def _cotangent(w, rows, g):
+    """rows^T g: the cotangent of w in rows @ w, and sharded as w is."""
+    return jax.linear_transpose(lambda w: rows @ w, w)(g)[0]
 
 
 def _forward(u, a, w_in, w_out, skip, x0, reset, *, backend):
     u_rows = _rows(u, u.shape[2])
-    drive = (u_rows @ w_in).reshape(*u.shape[:2], *a.shape)
+    drive = _states(u_rows @ w_in, (*u.shape[:2], *a.shape))
     (x,) = bind(scan_p, a[None, None], drive, x0, reset, reverse=False, pairs=True, backend=backend)
     y = _rows(x, w_out.shape[0]) @ w_out + u_rows * skip[None]
-    return [y.reshape(u.shape), _last(x, x0), x]
+    return [y.reshape(u.shape), last_state(x, x0, reverse=False), x]
 
 
 def _tangent(u, a, w_in, w_out, skip, x0, reset, x, du, da, dw_in, dw_out, dskip, dx0, *, backend):
     u_rows, du_rows, x_rows = _rows(u, u.shape[2]), _rows(du, u.shape[2]), _rows(x, w_out.shape[0])
-    drive = (du_rows @ w_in + u_rows @ dw_in).reshape(x.shape)
+    drive = _states(du_rows @ w_in + u_rows @ dw_in, x.shape)
     (dx,) = bind(
         scan_tangent_p, a[None, None], x, x0, reset, da[None, None], drive, dx0,
         reverse=False, pairs=True, backend=backend,
     )  # fmt: skip
     dy = _rows(dx, w_out.shape[0]) @ w_out + x_rows @ dw_out + du_rows * skip[None] + u_rows * dskip[None]
-    return [dy.reshape(u.shape), _last(dx, dx0)]
+    return [dy.reshape(u.shape), last_state(dx, dx0, reverse=False)]
 
 
 def _backward(u, a, w_in, w_out, skip, x0, reset, x, g, g_last, *, backend):
     u_rows, g_rows, x_rows = _rows(u, u.shape[2]), _rows(g, u.shape[2]), _rows(x, w_out.shape[0])
-    gx = (g_rows @ w_out.T).reshape(x.shape)
+    gx = _states(g_rows @ w_out.T, x.shape)
     if x.shape[1]:
         gx = gx.at[:, -1].add(g_last)
     drive, da, dx0 = bind(scan_backward_p, a[None, None], x, x0, reset, gx, reverse=False, pairs=True, backend=backend)
@@ -69,8 +77,8 @@ def _backward(u, a, w_in, w_out, skip, x0, reset, x, g, g_last, *, backend):
     return [
         du,
         jnp.sum(da, axis=(0, 1)),
-        u_rows.T @ drive,
-        x_rows.T @ g_rows,
+        _cotangent(w_in, u_rows, drive),
+        _cotangent(w_out, x_rows, g_rows),
         jnp.sum(u_rows * g_rows, axis=0),
         dx0 if x.shape[1] else g_last,
     ]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from s5eqx._typing import Array, Bool, Float, Inexact, checked
 from s5eqx.ops._backend import current_backend
 from s5eqx.ops._primitive import bind
-from s5eqx.ops._scan_primitives import scan_p
+from s5eqx.ops._scan_primitives import final_p, scan_p
 
 _DTYPES = ("float32", "float64", "complex64", "complex128")
 
@@ -36,7 +36,7 @@ def diagonal_scan(
 
     **Raises:** `TypeError` where dtypes differ or are not supported, `ValueError` where a shape does not broadcast.
     """
-    return _scan(a, b, x0, reset, reverse, pairs=False)
+    return _bound(scan_p, a, b, x0, reset, reverse, pairs=False)
 
 
 @checked
@@ -53,7 +53,7 @@ def diagonal_scan_pairs(
     XLA cannot view complex numbers as pairs or the reverse without a copy, which costs more than the scan. Use this
     form where the pairs come from, or go to, real matrix products. `a`, `b` and `x0` all carry the axis of 2.
     """
-    return _scan(a, b, x0, reset, reverse, pairs=True)
+    return _bound(scan_p, a, b, x0, reset, reverse, pairs=True)
 
 
 @checked
@@ -65,13 +65,29 @@ def final_state(
     reset: Bool[Array, "..."] | None = None,
     reverse: bool = False,
 ) -> Inexact[Array, "*batch P"]:
-    """The state after the last step of `diagonal_scan` (the first one if `reverse`); `x0` where L = 0."""
-    if b.shape[-2] == 0:
-        return _broadcast("x0", _or_zeros(x0, b), b.shape[:-2] + b.shape[-1:])
-    return diagonal_scan(a, b, x0, reset=reset, reverse=reverse)[..., 0 if reverse else -1, :]
+    """The state after the last step of `diagonal_scan` (the first one if `reverse`), and no other; `x0` where L = 0.
+
+    Takes what `diagonal_scan` takes and is differentiable like it. The states in between are never written: this reads
+    `b` once and is the fast way to a prompt's last state.
+    """
+    return _bound(final_p, a, b, x0, reset, reverse, pairs=False)
 
 
-def _scan(a, b, x0, reset, reverse, *, pairs):
+@checked
+def final_state_pairs(
+    a: Float[Array, "..."],
+    b: Float[Array, "*batch L P 2"],
+    x0: Float[Array, "..."] | None = None,
+    *,
+    reset: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+) -> Float[Array, "*batch P 2"]:
+    """`final_state` for complex numbers stored as pairs (re, im) of floats; see `diagonal_scan_pairs`."""
+    return _bound(final_p, a, b, x0, reset, reverse, pairs=True)
+
+
+def _bound(primitive, a, b, x0, reset, reverse, *, pairs):
+    """The result of `scan_p` or `final_p`, in the caller's shapes."""
     a, b = jnp.asarray(a), jnp.asarray(b)
     tail = 2 if pairs else 1  # the axes from P on
     *batch, length, _ = b.shape[: b.ndim - tail + 1]
@@ -86,19 +102,19 @@ def _scan(a, b, x0, reset, reverse, *, pairs):
                 f"a, b and x0 of a scan must share one dtype out of {', '.join(_DTYPES)}; got {name} of {x.dtype} "
                 f"with b of {b.dtype}. Cast before the call: the recurrence is at least float32 by design."
             )
-    x0 = _broadcast("x0", x0, (*batch, *states))
+    x0 = broadcast("x0", x0, (*batch, *states))
     rows = 1
     for n in batch:
         rows *= n
     a = _canonical_multiplier(a, b.shape, len(batch), rows)
     if b.size == 0:
-        return b
+        return x0 if primitive is final_p else b
     if reset is None:
         reset = jnp.zeros((1, 0), bool)
     else:
-        reset = _broadcast("reset", jnp.asarray(reset), (*batch, length)).reshape(rows, length)
-    (x,) = bind(
-        scan_p,
+        reset = broadcast("reset", jnp.asarray(reset), (*batch, length)).reshape(rows, length)
+    (result,) = bind(
+        primitive,
         a,
         b.reshape(rows, length, *states),
         x0.reshape(rows, *states),
@@ -107,7 +123,7 @@ def _scan(a, b, x0, reset, reverse, *, pairs):
         pairs=pairs,
         backend=current_backend(),
     )
-    return x.reshape(b.shape)
+    return result.reshape((x0 if primitive is final_p else b).shape)
 
 
 def _canonical_multiplier(a, shape, batch_axes, rows):
@@ -121,11 +137,12 @@ def _canonical_multiplier(a, shape, batch_axes, rows):
     return a.reshape(rows, *a.shape[batch_axes:])
 
 
-def _or_zeros(x0, b, tail=1):
+def _or_zeros(x0, b, tail):
     return jnp.zeros(b.shape[b.ndim - tail :], b.dtype) if x0 is None else jnp.asarray(x0)
 
 
-def _broadcast(name, x, shape):
+def broadcast(name, x, shape):
+    """`x` in `shape`; an error names it where it does not broadcast."""
     _check_broadcasts(name, x.shape, shape)
     return jnp.broadcast_to(x.reshape((1,) * (len(shape) - x.ndim) + x.shape), shape)
 

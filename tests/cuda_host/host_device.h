@@ -1,12 +1,14 @@
 // A host in the place of a GPU, for running the kernels of csrc/ where there is none: every thread is a fiber, and a
 // scheduler runs the fibers from barrier to barrier in an order drawn at random, some warps ahead of others, so that a
-// missing barrier, or a block that counts on another to be there, shows. It stops with a message where nobody can go on.
+// missing barrier, or a block that counts on another to be there, shows. It stops with a message where nobody can go
+// on.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -91,6 +93,7 @@ inline const void* scheduler_stack;
 inline size_t scheduler_stack_size;
 inline void* scheduler_fake_stack;
 inline std::function<void()> body;
+inline bool changed;  // memory that others wait for
 
 inline void begin_at(ucontext_t& context) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -235,7 +238,7 @@ inline void run_grid(unsigned grid, int threads) {
     Block& b = *resident[current];
     std::shuffle(order.begin(), order.end(), random);
     const auto visit = [&](uint64_t warps) {
-      bool progress = false;
+      bool progress = changed = false;
       for (const int i : order) {
         Fiber& f = b.fibers[i];
         if (f.state != State::kReady || !(warps >> (i / 32) & 1)) continue;
@@ -243,13 +246,14 @@ inline void run_grid(unsigned grid, int threads) {
         resume(f, grid);
         progress |= !f.paused;
       }
-      return progress;
+      return progress || changed;
     };
     const bool progress = visit(random()) || visit(~uint64_t{0});  // some warps, so that they run ahead of others
     b.stuck = !progress;
     if (progress)
       for (const auto& other : resident) other->stuck = false;
-    if (b.done > 0 && b.at_barrier > 0 && b.done + b.at_barrier == threads) fail("a thread left while others wait for it");
+    if (b.done > 0 && b.at_barrier > 0 && b.done + b.at_barrier == threads)
+      fail("a thread left while others wait for it");
     if (b.done == threads) {
       std::unique_ptr<Block> free = std::move(resident[current]);
       resident.erase(resident.begin() + static_cast<long>(current));
@@ -269,7 +273,10 @@ using Status = int;
 
 inline void __syncthreads() { host::barrier(); }
 inline uint64_t load_relaxed(const uint64_t* word) { return *word; }
-inline void store_relaxed(uint64_t* word, uint64_t value) { *word = value; }
+inline void store_relaxed(uint64_t* word, uint64_t value) {
+  *word = value;
+  host::changed = true;
+}
 inline uint64_t fetch_add(uint64_t* word, uint64_t value) { return std::exchange(*word, *word + value); }
 inline void pause() {
   host::running->paused = true;
@@ -282,12 +289,15 @@ To bit_copy(From x) {
   std::memcpy(&y, &x, std::min(sizeof x, sizeof y));
   return y;
 }
+inline float fused(float x, float y, float z) { return std::fma(x, y, z); }
+inline double fused(double x, double y, double z) { return std::fma(x, y, z); }
 inline uint64_t bits_of(double x) { return bit_copy<uint64_t>(x); }
 inline double double_of(uint64_t bits) { return bit_copy<double>(bits); }
 
 template <typename T>
 T shuffle_up(T x, unsigned lanes) {
-  return bit_copy<T>(host::exchange(bit_copy<uint64_t>(x), static_cast<int>(threadIdx.x % 32) - static_cast<int>(lanes)));
+  return bit_copy<T>(
+      host::exchange(bit_copy<uint64_t>(x), static_cast<int>(threadIdx.x % 32) - static_cast<int>(lanes)));
 }
 template <typename T>
 T shuffle_down(T x, unsigned lanes) {
@@ -307,8 +317,8 @@ inline Status fill_ones(void* memory, int64_t bytes, Stream) {
   return 0;
 }
 
-template <typename Kernel, typename Argument>
-Status launch(Kernel* kernel, int64_t blocks, int threads, Stream, const Argument& argument) {
+template <typename Argument>
+Status launch(void (*kernel)(Argument), int64_t blocks, int threads, Stream, Argument argument) {
   host::body = [=] { kernel(argument); };
   host::run_grid(static_cast<unsigned>(blocks), threads);
   return 0;

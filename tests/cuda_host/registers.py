@@ -3,7 +3,7 @@
     python tests/cuda_host/registers.py [--write] [ARCHITECTURE ...]
 
 A kernel that takes more registers than its line in `registers.txt` allows, or spills more bytes, is an error: it may
-halve what runs at once. Another nvcc than the one that the file names allots registers otherwise and only has to compile.
+halve what runs at once. Another nvcc than the one that the file names allots them otherwise and only has to compile.
 Needs nvcc on PATH or in S5EQX_NVCC. `--write` makes what was found the budget.
 """
 

@@ -1,8 +1,9 @@
-// Runs the GPU kernels on a host. Problems come in through stdin, results go out through stdout, as raw int64 and arrays:
+// Runs the GPU kernels on a host. Problems come in through stdin, results go out through stdout, as raw int64 and
+// arrays:
 //
 //   in   pass (0 forward, 1 backward), element (0 f32, 1 f64, 2 c64, 3 c128), B, L, P, rows of a, steps of a,
-//        rows of flags (0: no resets), reverse, conjugate, wants x, wants last, shift (elements off a 16-byte boundary), runs;
-//        runs x (blocks or 0, resident blocks, seed, order); a, b, x0, flags; or a, x, x0, flags, g
+//        rows of flags (0: no resets), reverse, conjugate, wants x, wants last, shift (elements off a 16-byte
+//        boundary), runs; runs x (blocks or 0, resident blocks, seed, order); a, b, x0, flags; or a, x, x0, flags, g
 //   out  x, last; or lambda, da, dx0, of the first run; then, for each further run, how many bytes it differs in
 //
 // until the input ends.
@@ -44,17 +45,25 @@ class Array {
 template <typename E>
 void solve(bool backward) {
   const int64_t batch = read_int(), length = read_int(), states = read_int(), a_rows = read_int(), a_steps = read_int();
-  const int64_t flag_rows = read_int(), reverse = read_int(), conjugate = read_int(), wants_x = read_int(), wants_last = read_int();
+  const int64_t flag_rows = read_int(), reverse = read_int(), conjugate = read_int(), wants_x = read_int(),
+                wants_last = read_int();
   const int64_t element = sizeof(E), shift = read_int() * element, runs = read_int();
   constexpr bool kComplex = sizeof(E) > sizeof(typename NumberOf<E>::Scalar);
   const int64_t width = states * (kComplex ? 2 : 1);
-  ScanShape shape{batch, length, width, kComplex, reverse != 0, a_rows == 1 ? 0 : a_steps * width, a_steps == 1 ? 0 : width,
+  ScanShape shape{batch,
+                  length,
+                  width,
+                  kComplex,
+                  reverse != 0,
+                  a_rows == 1 ? 0 : a_steps * width,
+                  a_steps == 1 ? 0 : width,
                   flag_rows == 1 ? 0 : length};
   std::vector<int64_t> plans(4 * runs);
   for (int64_t& n : plans) n = read_int();
 
   const int64_t full = batch * length * states * element, state = batch * states * element;
-  Array a(a_rows * a_steps * states * element, shift), b(full, shift), x0(state, shift), flags(flag_rows * length, 0), g(full, shift);
+  Array a(a_rows * a_steps * states * element, shift), b(full, shift), x0(state, shift), flags(flag_rows * length, 0),
+      g(full, shift);
   a.read();
   b.read();
   x0.read();
@@ -80,10 +89,12 @@ void solve(bool backward) {
     const uint8_t* const reset = flag_rows ? reinterpret_cast<const uint8_t*>(flags.data()) : nullptr;
     const auto out = [&](size_t i) { return results[i].bytes() ? results[i].data() : nullptr; };
     if (backward)
-      scan_backward_on_gpu<E>(shape, {a.data(), b.data(), x0.data(), reset, g.data(), out(0), out(1), out(2), conjugate != 0},
+      scan_backward_on_gpu<E>(shape,
+                              {a.data(), b.data(), x0.data(), reset, g.data(), out(0), out(1), out(2), conjugate != 0},
                               memory.data(), plans[4 * run], nullptr);
     else
-      scan_forward_on_gpu<E>(shape, {a.data(), b.data(), x0.data(), reset, out(0), out(1)}, memory.data(), plans[4 * run], nullptr);
+      scan_forward_on_gpu<E>(shape, {a.data(), b.data(), x0.data(), reset, out(0), out(1)}, memory.data(),
+                             plans[4 * run], nullptr);
     if (run == 0) {
       for (const Array& r : results) std::fwrite(r.data(), 1, r.bytes(), stdout);
       first = std::move(results);
@@ -104,11 +115,20 @@ int main() {
   for (;;) {
     const bool backward = read_int() != 0;
     switch (read_int()) {
-      case 0: solve<float>(backward); break;
-      case 1: solve<double>(backward); break;
-      case 2: solve<Complex<float>>(backward); break;
-      case 3: solve<Complex<double>>(backward); break;
-      default: host::fail("no such element");
+      case 0:
+        solve<float>(backward);
+        break;
+      case 1:
+        solve<double>(backward);
+        break;
+      case 2:
+        solve<Complex<float>>(backward);
+        break;
+      case 3:
+        solve<Complex<double>>(backward);
+        break;
+      default:
+        host::fail("no such element");
     }
   }
 }

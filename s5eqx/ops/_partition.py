@@ -1,0 +1,67 @@
+"""Kernels under `jit` with sharded operands: each device runs the kernel on what it holds of batch and state.
+
+XLA knows nothing of the inside of an FFI call and gathers its operands. `custom_partitioning` tells it what the axes
+mean: B and P may be split, L may not.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.sharding import NamedSharding, PartitionSpec
+
+try:
+    from jax._src.dispatch import prim_requires_devices_during_lowering
+except ImportError:  # then no lowering sees devices, and XLA gathers: slower, and as right
+    prim_requires_devices_during_lowering = set()
+
+
+def sees_devices(primitive: Primitive) -> None:
+    """Lets the lowering of `primitive` see the mesh. JAX has no public way to say so."""
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+def partitioned(ctx, call: Callable[..., list[jax.Array]], axes: str) -> Callable[..., list[jax.Array]] | None:
+    """`call` as something that XLA can partition; None where the bare call serves.
+
+    That is on one device, under `shard_map`, where every device runs the kernel on its own anyway (over axes that it
+    leaves automatic XLA gathers), and in an export, which must not hold callbacks into this process.
+    """
+    context = ctx.module_context.axis_context
+    devices, mesh = (getattr(context, name, None) for name in ("device_assignment", "abstract_mesh"))
+    if not devices or len(devices) == 1 or mesh is None or ctx.module_context.lowering_parameters.for_export:
+        return None
+    sizes = dict(zip("BLP", ctx.avals_in[1].shape, strict=False))
+    if 0 in sizes.values():
+        return None
+    given = [i for i, aval in enumerate(ctx.avals_in) if aval.size]  # an empty reset is made anew on each device
+    inputs, outputs = (part.split() for part in axes.split("->"))
+    operands = [_factors(inputs[i], ctx.avals_in[i].shape, sizes, f"operand{i}") for i in given]
+    results = [_factors(outputs[i], aval.shape, sizes, f"result{i}") for i, aval in enumerate(ctx.avals_out)]
+
+    def local(*present):
+        rest = iter(present)
+        return call(*(next(rest) if aval.size else jnp.zeros(aval.shape, aval.dtype) for aval in ctx.avals_in))
+
+    def partition(mesh, operand_shapes, result_shapes):
+        batch, _, states, *_ = (*operand_shapes[1].sharding.spec, None, None, None)
+        held = {"B": batch, "P": states}
+        shard = lambda factors: NamedSharding(mesh, PartitionSpec(*map(held.get, factors)))
+        return mesh, local, [*map(shard, results)], tuple(map(shard, operands))
+
+    rule = " -> ".join(", ".join(map(" ".join, side)) for side in (operands, results))
+    whole = tuple(factor for factor in dict.fromkeys(chain(*operands, *results)) if factor not in ("B", "P"))
+    spread = custom_partitioning(local)
+    spread.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
+    return lambda *operands: spread(*(operands[i] for i in given))
+
+
+def _factors(letters, shape, sizes, own):
+    """What XLA may split alike: the letter of each axis, or a name of its own where it is shared or holds pairs."""
+    return [
+        letter if sizes.get(letter) == n else f"{own}axis{i}"
+        for i, (letter, n) in enumerate(zip(f"{letters}2", shape, strict=False))
+    ]

@@ -1,0 +1,120 @@
+"""A small run of the kernels on the devices that are there, against the loop that specifies them."""
+
+import contextlib
+import dataclasses
+from typing import Literal
+
+import jax
+import numpy as np
+
+from s5eqx.ops import _native
+from s5eqx.ops._backend import use_backend
+from s5eqx.ops._scan_reference import loop
+from s5eqx.ops.scan import diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs
+
+_BATCH, _LENGTH = 2, 1300  # several tiles of every kernel, and a part of one
+_BOUND = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceTest:
+    """What `self_test` found on one device."""
+
+    device: str
+    """The device, as JAX names it."""
+    backend: Literal["native", "jax"]
+    """What was tested: the native kernels, or plain JAX where none are live for the device."""
+    error: float
+    """The largest difference from the loop over the largest value, in the worst output or gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    layout: Literal["float32", "complex64", "pairs"]
+    states: int
+    varying: bool = False
+    reverse: bool = False
+    resets: bool = False
+
+    def draw(self) -> tuple[np.ndarray, ...]:
+        """a, b, x0, flags and the cotangent of the states, in the canonical shapes of the loop."""
+        rng = np.random.default_rng(0)
+        rows = (_BATCH, _LENGTH)
+
+        def stored(z):
+            if self.layout == "pairs":
+                return np.stack([z.real, z.imag], -1).astype(np.float32)
+            return z.astype(np.complex64) if self.layout == "complex64" else z.real.astype(np.float32)
+
+        def normal(*shape):
+            return stored(rng.standard_normal((*shape, self.states)) + 1j * rng.standard_normal((*shape, self.states)))
+
+        shape = (*(rows if self.varying else (1, 1)), self.states)
+        a = stored(rng.uniform(0.99, 0.999, shape) * np.exp(1j * rng.uniform(-0.05, 0.05, shape)))
+        flags = rng.random(rows) < 0.003 if self.resets else np.zeros((1, 0), bool)
+        return a, normal(*rows), normal(_BATCH), flags, normal(*rows)
+
+
+_CASES = (
+    _Case("complex64", 5),
+    _Case("pairs", 16, reverse=True, resets=True),
+    _Case("float32", 3, varying=True, reverse=True),
+    _Case("complex64", 16, varying=True, resets=True),
+)
+
+
+def _both(case, operands):
+    """By name, all results of the kernels and those of the loop."""
+    a, b, x0, flags, g = operands
+    pairs = case.layout == "pairs"
+    scan, final = (diagonal_scan_pairs, final_state_pairs) if pairs else (diagonal_scan, final_state)
+    options = {"reset": flags if case.resets else None, "reverse": case.reverse}
+    x, pull = jax.vjp(lambda *z: scan(*z, **options), a, b, x0)
+    (exact,), exact_pull = jax.vjp(lambda a, b, x0: loop(a, b, x0, flags, reverse=case.reverse, pairs=pairs), a, b, x0)
+
+    def named(states, last, gradients):
+        names = ("states", "final state", "gradient of a", "gradient of b", "gradient of x0")
+        return {f"{name} ({case})": z for name, z in zip(names, (states, last, *gradients), strict=True)}
+
+    ours = named(x, final(a, b, x0, **options), pull(g))
+    return ours, named(exact, exact[:, 0 if case.reverse else -1], exact_pull([g]))
+
+
+def _check(device) -> DeviceTest:
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    backend = "native" if platform in ("cpu", "cuda") and _native.is_live(platform) else "jax"
+
+    @jax.jit
+    def everything(drawn):
+        with use_backend(backend):
+            return [_both(case, operands) for case, operands in zip(_CASES, drawn, strict=True)]
+
+    results = jax.device_get(everything(jax.device_put([case.draw() for case in _CASES], device)))
+    ours, exact = ({name: x for pair in results for name, x in pair[side].items()} for side in (0, 1))
+    error = {name: float(np.max(np.abs(ours[name] - x)) / np.max(np.abs(x))) for name, x in exact.items()}
+    wrong = [f"{name}: {e:.1e}" for name, e in error.items() if not e < _BOUND]
+    if wrong:
+        implementation = "The native kernels are" if backend == "native" else "Plain JAX is"
+        raise RuntimeError(
+            f"{implementation} wrong on {device}. Relative errors must be below {_BOUND:.0e}, but are\n  "
+            + "\n  ".join(wrong)
+            + '\nReport this with the output of s5eqx.show_config(). s5eqx.use_backend("jax") works without kernels.'
+        )
+    return DeviceTest(str(device), backend, max(error.values()))
+
+
+def self_test() -> tuple[DeviceTest, ...]:
+    """Runs the scan, its final state and its gradients on the devices of this process, and compares with a plain loop.
+
+    On each accelerator and on one CPU device, with the native kernels where they are live: time-invariant and not, both
+    directions, with resets, real and complex. Takes a few seconds, most of them compiling.
+
+    **Returns:** what was tested on each device, and the largest error.
+
+    **Raises:** `RuntimeError` naming device, implementation and results where one is wrong.
+    """
+    accelerators = [device for device in jax.local_devices() if device.platform != "cpu"]
+    cpus = []
+    with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
+        cpus = jax.local_devices(backend="cpu")[:1]
+    return tuple(map(_check, [*accelerators, *cpus]))

@@ -1,0 +1,74 @@
+"""The scripts for machines with a GPU, as far as a machine without one can run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s5eqx
+
+GPU = Path(__file__).parent / "gpu"
+native = pytest.mark.skipif(not s5eqx.backends()[0].live, reason=s5eqx.backends()[0].detail)
+
+
+def run(*command, folder, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("S5EQX_") and k != "XLA_FLAGS"}
+    clean |= {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run([*map(str, command)], cwd=folder, env=clean, capture_output=True, text=True, timeout=240)
+
+
+def test_the_check_refuses_what_it_cannot_do(tmp_path):
+    """Which part is not said; no GPU; a part before the build."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho No devices were found >&2\nexit 6\n")
+    smi.chmod(0o755)
+    settings = {"S5EQX_CHECK_DIR": str(tmp_path / "work"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def complaint(*words):
+        done = run("bash", GPU / "check.sh", *words, folder=tmp_path, **settings)
+        assert done.returncode == 2 and not done.stdout
+        return done.stderr
+
+    assert "usage: tests/gpu/check.sh build|tests|sanitize|bench" in complaint("all")
+    assert "no GPU here" in complaint("build")
+    smi.write_text("#!/bin/sh\necho NVIDIA H200, 9.0, 580.159\n")
+    assert "run tests/gpu/check.sh build first" in complaint("bench")
+
+
+@native
+@pytest.mark.slow
+def test_bench(tmp_path):
+    """Every program's numbers, in the table, in the file and in the last line."""
+    options = ["--platform", "cpu", "--tiny", "--rounds", "1", "--sets", "2", "--json", "numbers.json"]
+    done = run(sys.executable, GPU / "bench.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("- date: ") and any(line.startswith("- command: python ") for line in lines)
+    assert "x associative_scan" in lines[-1]
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert len([line for line in lines if line.startswith("| ")]) == len(rows) + 2
+    assert {row["program"] for row in rows} == {"copy", "s5eqx", "associative_scan", "lax.scan"}
+    for row in rows:
+        if row["program"] in ("s5eqx", "associative_scan"):
+            assert row["seconds"] > 0 and 0 < row["error"] < 1e-5 and row["compile_seconds"] > 0
+        assert row["seconds"] or row["remark"] == "not run: as the time-invariant one"
+
+
+@native
+@pytest.mark.slow
+def test_same_bits(tmp_path):
+    options = ["--platform", "cpu", "--tiny", "--repeats", "2"]
+    done = run(sys.executable, GPU / "same_bits.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2 repeats of 6 programs beside another process: 0 differ"
+
+
+@native
+@pytest.mark.slow
+def test_what_the_sanitizer_watches(tmp_path):
+    done = run(sys.executable, GPU / "sanitize.py", "complex64", "pairs32", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2 element types, each forward, backward and final state: right"

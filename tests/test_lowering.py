@@ -1,0 +1,120 @@
+"""What is emitted: CUDA's call with its workspace, plain JAX with one warning, and no callback in an export."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scan_problems import native
+
+from s5eqx.ops import _native, _primitive, diagonal_scan, final_state, use_backend
+
+TARGETS = ("s5eqx_scan_forward", "s5eqx_scan_backward", "s5eqx_scan_final")
+ALLOWED = [export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
+SIZES = dict(zip(TARGETS, (7, 11, 13), strict=True))
+
+
+def everything(b):
+    """Forward, backward and final, on operands of their own."""
+    x, pull = jax.vjp(lambda a: diagonal_scan(a, b), b[0, 0])
+    return x, pull(x), final_state(b[0, 0], b)
+
+
+def exported(b, *platforms):
+    return export.export(jax.jit(lambda b: everything(b)), platforms=platforms, disabled_checks=ALLOWED)(b)
+
+
+@pytest.fixture
+def cuda_is_live(monkeypatch):
+    """As on a machine with kernels for CUDA; returns what was asked of the workspace."""
+    asked = []
+
+    def workspace_bytes(platform, target, a_shape, b_shape, dtype, pairs):
+        if platform == "cpu":
+            return None
+        asked.append((target, tuple(a_shape), tuple(b_shape), dtype, pairs))
+        return SIZES[target]
+
+    monkeypatch.setattr(_native, "is_live", lambda platform: platform == "cuda")
+    monkeypatch.setattr(_native, "workspace_bytes", workspace_bytes)
+    return asked
+
+
+def test_cuda_calls_have_a_workspace_as_their_last_result(cuda_is_live):
+    program = exported(jnp.ones((2, 5, 3)), "cuda")
+    text = program.mlir_module()
+    for target in TARGETS:
+        (call,) = re.findall(rf"stablehlo.custom_call @{target}\((.*?)(?: loc\(.*)?\n", text)
+        assert "{pairs = false, reverse = false}" in call
+        operands, results = call.rsplit(") -> ", 1)
+        assert results.removesuffix(")").endswith(f"tensor<{SIZES[target]}xui8>")
+        layouts = re.search(r"operand_layouts = \[(.*)\], .*result_layouts = \[(.*)\]", operands)
+        assert layouts and layouts[2].endswith("dense<0> : tensor<1xindex>")  # row-major, the workspace too
+        assert layouts[1].startswith("dense<[2, 1, 0]> : tensor<3xindex>, dense<[2, 1, 0]> : tensor<3xindex>")
+    assert [aval.shape for aval in program.out_avals] == [(2, 5, 3), (3,), (2, 3)]
+    what = ((1, 1, 3), (2, 5, 3), jnp.float32, False)
+    assert {call[0]: call[1:] for call in cuda_is_live} == dict.fromkeys(TARGETS, what)
+
+
+@native
+def test_one_export_for_two_platforms(monkeypatch):
+    """The same results, with a workspace on the one and without on the other."""
+    monkeypatch.setattr(_native, "is_live", lambda platform: True)
+    monkeypatch.setattr(_native, "workspace_bytes", lambda platform, *_: None if platform == "cpu" else 16)
+    b = jnp.arange(30.0).reshape(2, 5, 3) / 30
+    program = exported(b, "cpu", "cuda")
+    calls = re.findall(r"custom_call @s5eqx_scan_forward\(.*", program.mlir_module())
+    assert sorted("tensor<16xui8>" in call for call in calls) == [False, True]
+    jax.tree.map(np.testing.assert_array_equal, program.call(b), everything(b))
+
+
+@native
+def test_only_a_program_for_several_devices_calls_back():
+    """And an export does not even then: it outlives the process."""
+    b = jnp.ones((2, 5, 3))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    split = jax.device_put(b, NamedSharding(mesh, PartitionSpec("d")))
+    assert "CustomSPMDPartitioning" in jax.jit(everything).lower(split).as_text()
+    for text in (jax.jit(everything).lower(b).as_text(), exported(split, "cpu").mlir_module()):
+        assert "CustomSPMDPartitioning" not in text
+        assert all(f"@{target}" in text for target in TARGETS)
+    piece = PartitionSpec("d")
+    local = jax.jit(jax.shard_map(lambda b: everything(b)[0], mesh=mesh, in_specs=piece, out_specs=piece))
+    text = local.lower(split).as_text()
+    assert "CustomSPMDPartitioning" not in text and "@s5eqx_scan_forward" in text
+
+
+def lower_for_cuda():
+    scan = jax.jit(lambda b: diagonal_scan(b[0], b))
+    return scan.trace(jnp.ones((3, 2))).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def cuda_without_kernels(monkeypatch):
+    """As on a machine with a CUDA device, and a build without kernels for it."""
+    nothing = (_native.NativeBackend("cuda", False, "not built: no nvcc was found"),)
+    monkeypatch.setattr(_native, "is_live", lambda platform: False)
+    monkeypatch.setattr(_native, "backends", lambda: nothing)
+    monkeypatch.setattr(_primitive, "_has_devices", lambda platform: True)
+    _primitive._warn_of_fallback.cache_clear()
+    yield
+    _primitive._warn_of_fallback.cache_clear()
+
+
+def test_a_cuda_device_without_kernels_warns_once(cuda_without_kernels):
+    with use_backend("jax"):
+        lower_for_cuda()
+    with pytest.warns(RuntimeWarning, match=r"not built: no nvcc was found.*show_config.*use_backend\(\"jax\"\)"):
+        assert "s5eqx_scan" not in lower_for_cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lower_for_cuda()
+
+
+def test_no_warning_where_there_is_no_cuda_device(cuda_without_kernels, monkeypatch):
+    monkeypatch.setattr(_primitive, "_has_devices", lambda platform: False)
+    assert "s5eqx_scan" not in lower_for_cuda()

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -213,8 +214,9 @@ int64_t workspace_of(const std::string& target, int64_t batch, int64_t length, i
   if (!is_backward && target != "s5eqx_scan_forward" && target != "s5eqx_scan_final")
     throw pybind11::value_error("target must be s5eqx_scan_forward, s5eqx_scan_final or s5eqx_scan_backward; got " +
                                 target);
-  return workspace_bytes(batch, length, states, scalar_bytes, is_complex, time_varying,
-                         is_backward ? Pass::kBackward : Pass::kForward);
+  const Pass pass = is_backward ? Pass::kBackward : Pass::kForward;
+  // An array without elements would be one more special case of everyone on the way.
+  return std::max<int64_t>(16, workspace_bytes(batch, length, states, scalar_bytes, is_complex, time_varying, pass));
 }
 
 }  // namespace

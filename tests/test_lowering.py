@@ -11,9 +11,11 @@ from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scan_problems import native
 
+import s5eqx
 from s5eqx.ops import _native, _primitive, diagonal_scan, final_state, use_backend
 
 TARGETS = ("s5eqx_scan_forward", "s5eqx_scan_backward", "s5eqx_scan_final")
+cuda_built = pytest.mark.skipif(not s5eqx.backends()[1].live, reason=s5eqx.backends()[1].detail)
 ALLOWED = [export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
 SIZES = dict(zip(TARGETS, (7, 11, 13), strict=True))
 
@@ -58,6 +60,22 @@ def test_cuda_calls_have_a_workspace_as_their_last_result(cuda_is_live):
     assert [aval.shape for aval in program.out_avals] == [(2, 5, 3), (3,), (2, 3)]
     what = ((1, 1, 3), (2, 5, 3), jnp.float32, False)
     assert {call[0]: call[1:] for call in cuda_is_live} == dict.fromkeys(TARGETS, what)
+
+
+@cuda_built
+def test_the_cuda_module_says_how_much_room_it_wants():
+    """Hardly any where a block takes a whole chain; where tiles look back, slots for every tile, group and super-group."""
+    few, many = (
+        _native.workspace_bytes("cuda", TARGETS[0], (1, 1, 16), (1, n, 16), jnp.complex64, False) for n in (900, 70_000)
+    )
+    assert few == 16
+    tiles, groups, supers = 274, 18, 2  # of 256 steps, 16 tiles, 16 groups
+    slots = 16 * 2 * (tiles + groups + supers) + tiles + groups  # states of 16 channels, in double; a word a reset
+    assert 8 * slots <= many < 8 * slots * 1.2
+    sums = _native.workspace_bytes("cuda", TARGETS[1], (1, 1, 16), (1, 70_000, 16), jnp.complex64, False)
+    assert sums == many + 8 * 16 * 2 * tiles
+    program = exported(jnp.ones((1, 70_000, 16), jnp.complex64), "cuda")
+    assert program.mlir_module().count(f"tensor<{many}xui8>") >= 2 and f"tensor<{sums}xui8>" in program.mlir_module()
 
 
 @native

@@ -19,18 +19,21 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUDGET = HERE / "registers.txt"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-TYPES = {"7ComplexIfE": "complex64", "7ComplexIdE": "complex128", "f": "float32", "d": "float64"}
 
 
 def name_of(symbol):
     """A kernel's name in words: its element, channels a thread, multiplier and pass."""
-    scan = re.match(r"_ZN5s5eqx11scan_kernelI(?:NS_)?(\w+?)Li(\d)ELb(\d)ELNS_4PassE(\d)E", symbol)
-    if scan:
-        element, vector, varying, backward = scan.groups()
-        multiplier, way = ("invariant", "varying")[int(varying)], ("forward", "backward")[int(backward)]
-        return f"{TYPES[element]}x{vector}-{multiplier}-{way}"
-    element = re.match(r"_ZN5s5eqx10sum_kernelI(?:NS_)?(7ComplexI\wE|\w)E", symbol).group(1)
-    return f"{TYPES[element]}-sum"
+    element = r"(?:NS_7ComplexI([fd])EE|([fd]))"
+    if sums := re.match(rf"_ZN5s5eqx10sum_kernelI{element}E", symbol):
+        return f"{_type(*sums.groups())}-sum"
+    scan = re.match(rf"_ZN5s5eqx11scan_kernelI{element}Li(\d)ELb(\d)ELNS_4PassE(\d)E", symbol)
+    complex_of, real, vector, varying, backward = scan.groups()
+    multiplier, way = ("invariant", "varying")[int(varying)], ("forward", "backward")[int(backward)]
+    return f"{_type(complex_of, real)}x{vector}-{multiplier}-{way}"
+
+
+def _type(complex_of, real):
+    return {"f": "complex64", "d": "complex128"}[complex_of] if complex_of else {"f": "float32", "d": "float64"}[real]
 
 
 def compile_for(nvcc, source, architecture, folder):

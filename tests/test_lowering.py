@@ -64,7 +64,7 @@ def test_cuda_calls_have_a_workspace_as_their_last_result(cuda_is_live):
 
 @cuda_built
 def test_the_cuda_module_says_how_much_room_it_wants():
-    """Hardly any where a block takes a whole chain; where tiles look back, slots for every tile, group and super-group."""
+    """Hardly any where a block takes a whole chain; slots for tiles, groups and super-groups where tiles look back."""
     few, many = (
         _native.workspace_bytes("cuda", TARGETS[0], (1, 1, 16), (1, n, 16), jnp.complex64, False) for n in (900, 70_000)
     )

@@ -35,17 +35,14 @@ ffi::Error guarded(F f) {
 // All states, or only the one after the last step.
 ffi::Error run_forward(ffi::ThreadPool& pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer x0,
                        ffi::AnyBuffer reset, ffi::AnyBuffer result, bool reverse, bool pairs, bool only_last) {
-  ScanChecker check("b", b, pairs, reverse);
-  check.multiplier("a", a);
-  check.state("x0", x0);
-  const uint8_t* const flags = check.reset(reset);
-  only_last ? check.state("last", result) : check.like_b("x", result);
+  const ScanChecker check =
+      check_forward(a, b, x0, reset, only_last ? nullptr : &result, only_last ? &result : nullptr, reverse, pairs);
   if (check.error().failure()) return check.error();
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     T* const x = only_last ? nullptr : data<T>(result);
     T* const last = only_last ? data<T>(result) : nullptr;
-    scan_forward<T>(check.shape, {data<T>(a), data<T>(b), data<T>(x0), flags, x, last}, pool_threads(pool));
+    scan_forward<T>(check.shape, {data<T>(a), data<T>(b), data<T>(x0), check.flags, x, last}, pool_threads(pool));
   };
   return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
 }
@@ -63,19 +60,12 @@ ffi::Error final_state(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
 ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
                     ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> lambda, ffi::Result<ffi::AnyBuffer> da,
                     ffi::Result<ffi::AnyBuffer> dx0, bool reverse, bool pairs) {
-  ScanChecker check("g", g, pairs, reverse);
-  check.multiplier("a", a);
-  check.like_b("x", x);
-  check.state("x0", x0);
-  const uint8_t* const flags = check.reset(reset);
-  check.like_b("lambda", *lambda);
-  check.multiplier_cotangent("da", *da);
-  check.state("dx0", *dx0);
+  const ScanChecker check = check_backward(a, x, x0, reset, g, *lambda, *da, *dx0, reverse, pairs);
   if (check.error().failure()) return check.error();
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     scan_backward<T>(check.shape,
-                     {data<T>(a), data<T>(x), data<T>(x0), flags, data<T>(g), data<T>(*lambda), data<T>(*da),
+                     {data<T>(a), data<T>(x), data<T>(x0), check.flags, data<T>(g), data<T>(*lambda), data<T>(*da),
                       data<T>(*dx0), /*conjugate=*/pairs},
                      pool_threads(pool));
   };

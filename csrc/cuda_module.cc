@@ -70,12 +70,7 @@ ffi::Error by_element(const ScanShape& s, bool is_double, Run run) {
 
 ffi::Error scan(cudaStream_t stream, AnyBuffer& a, AnyBuffer& b, AnyBuffer& x0, AnyBuffer& reset, AnyBuffer* x,
                 AnyBuffer* last, AnyBuffer& memory, bool reverse, bool pairs) {
-  ScanChecker check("b", b, pairs, reverse);
-  check.multiplier("a", a);
-  check.state("x0", x0);
-  const uint8_t* const flags = check.reset(reset);
-  if (x) check.like_b("x", *x);
-  if (last) check.state("last", *last);
+  const ScanChecker check = check_forward(a, b, x0, reset, x, last, reverse, pairs);
   if (check.error().failure()) return check.error();
   const ScanShape& s = check.shape;
   const bool is_double = check.is_double();
@@ -90,7 +85,7 @@ ffi::Error scan(cudaStream_t stream, AnyBuffer& a, AnyBuffer& b, AnyBuffer& x0, 
   const ForwardArrays<void> arrays{a.untyped_data(),
                                    b.untyped_data(),
                                    x0.untyped_data(),
-                                   flags,
+                                   check.flags,
                                    x ? x->untyped_data() : nullptr,
                                    last ? last->untyped_data() : nullptr};
   return by_element(s, is_double, [&](auto zero) {
@@ -110,14 +105,7 @@ ffi::Error final_state(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer 
 
 ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0, AnyBuffer reset, AnyBuffer g,
                     Result lambda, Result da, Result dx0, Result memory, bool reverse, bool pairs) {
-  ScanChecker check("g", g, pairs, reverse);
-  check.multiplier("a", a);
-  check.like_b("x", x);
-  check.state("x0", x0);
-  const uint8_t* const flags = check.reset(reset);
-  check.like_b("lambda", *lambda);
-  check.multiplier_cotangent("da", *da);
-  check.state("dx0", *dx0);
+  const ScanChecker check = check_backward(a, x, x0, reset, g, *lambda, *da, *dx0, reverse, pairs);
   if (check.error().failure()) return check.error();
   const ScanShape& s = check.shape;
   const bool is_double = check.is_double();
@@ -133,7 +121,7 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0,
           return status_of(e);
     return ffi::Error::Success();
   }
-  const BackwardArrays<void> arrays{a.untyped_data(),   x.untyped_data(),       x0.untyped_data(),  flags,
+  const BackwardArrays<void> arrays{a.untyped_data(),   x.untyped_data(),       x0.untyped_data(),  check.flags,
                                     g.untyped_data(),   lambda->untyped_data(), da->untyped_data(), dx0->untyped_data(),
                                     /*conjugate=*/pairs};
   return by_element(s, is_double, [&](auto zero) {

@@ -83,23 +83,24 @@ class ScanChecker {
   void multiplier_cotangent(const char* name, const ffi::AnyBuffer& da) {
     exactly(name, da, shape.batch, shape.a_time ? shape.length : 1);
   }
-  // (1 or B, L), or (1, 0) for none. Null where there are none.
-  const uint8_t* reset(const ffi::AnyBuffer& flags) {
-    if (!message_.empty()) return nullptr;
+  // (1 or B, L), or (1, 0) for none.
+  void reset(const ffi::AnyBuffer& flags) {
+    if (!message_.empty()) return;
     const auto dims = flags.dimensions();
     const bool byte = flags.element_type() == ffi::PRED || flags.element_type() == ffi::U8;
     require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) &&
                 (dims[1] == shape.length || dims[1] == 0),
             "reset", flags, "(1 or B, L) bytes, or (1, 0) for none");
-    if (!message_.empty() || dims[1] == 0) return nullptr;
+    if (!message_.empty() || dims[1] == 0) return;
     shape.reset_batch = dims[0] == 1 ? 0 : shape.length;
-    return static_cast<const uint8_t*>(flags.untyped_data());
+    this->flags = static_cast<const uint8_t*>(flags.untyped_data());
   }
 
   bool is_double() const { return type_ == ffi::F64 || type_ == ffi::C128; }
   ffi::Error error() const { return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(message_); }
 
   ScanShape shape{};
+  const uint8_t* flags = nullptr;  // null where there are no resets
 
  private:
   bool same_kind(const char* name, const ffi::AnyBuffer& x) {
@@ -126,5 +127,32 @@ class ScanChecker {
   int64_t states_ = 0;
   std::string message_;
 };
+
+// `x` and `last`: the results that there are.
+inline ScanChecker check_forward(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b, const ffi::AnyBuffer& x0,
+                                 const ffi::AnyBuffer& reset, const ffi::AnyBuffer* x, const ffi::AnyBuffer* last,
+                                 bool reverse, bool pairs) {
+  ScanChecker check("b", b, pairs, reverse);
+  check.multiplier("a", a);
+  check.state("x0", x0);
+  check.reset(reset);
+  if (x) check.like_b("x", *x);
+  if (last) check.state("last", *last);
+  return check;
+}
+
+inline ScanChecker check_backward(const ffi::AnyBuffer& a, const ffi::AnyBuffer& x, const ffi::AnyBuffer& x0,
+                                  const ffi::AnyBuffer& reset, const ffi::AnyBuffer& g, const ffi::AnyBuffer& lambda,
+                                  const ffi::AnyBuffer& da, const ffi::AnyBuffer& dx0, bool reverse, bool pairs) {
+  ScanChecker check("g", g, pairs, reverse);
+  check.multiplier("a", a);
+  check.like_b("x", x);
+  check.state("x0", x0);
+  check.reset(reset);
+  check.like_b("lambda", lambda);
+  check.multiplier_cotangent("da", da);
+  check.state("dx0", dx0);
+  return check;
+}
 
 }  // namespace s5eqx

@@ -10,6 +10,7 @@ Environment:
                                among what pip installs (nvidia-cuda-nvcc)
     S5EQX_XLA_FFI_INCLUDE      folder with xla/ffi/api; default: jaxlib's own
     CXX, CMAKE_ARGS            the compiler, and further arguments to CMake
+    NVCC_CCBIN                 the compiler that nvcc runs, where it cannot be that one
 """
 
 import importlib.util
@@ -28,7 +29,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-ARCHITECTURES = ("70", "75", "80", "86", "89", "90", "100", "120")  # those of them that nvcc knows; CUDA 13 dropped 70
+# Those of them that nvcc knows: CUDA 13 dropped 70.
+ARCHITECTURES = ("70", "75", "80", "86", "89", "90", "100", "110", "120")
 OLDEST_CUDA = (12, 0)
 
 
@@ -59,7 +61,12 @@ def wished_architectures() -> list[str]:
 def run(*command: str, **environment: str) -> str:
     """Returns what the command says; a failure is `NotBuilt`, with the first error."""
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",  # a compiler may quote a source file of any encoding
+        env={**os.environ, "LANGUAGE": "C", **environment},  # in English, so that an error is known as one
     )
     if done.returncode:
         print(done.stdout)
@@ -84,15 +91,18 @@ def ffi_headers() -> Path:
     return folder
 
 
-def require_tools() -> None:
+def require_tools() -> str:
+    """Returns the C++ compiler, without what CXX may have before and after it, as in "ccache g++ -m64"."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
-    if not any(shutil.which(shlex.split(c)[0]) for c in compilers):
+    present = [words for words in map(shlex.split, compilers) if shutil.which(words[0])]
+    if not present:
         raise NotBuilt(f"no C++ compiler: looked for {', '.join(compilers)}; install one or set CXX")
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             raise NotBuilt(f"no {tool} on PATH; `pip install {tool}`")
     if importlib.util.find_spec("pybind11") is None:
         raise NotBuilt("pybind11 is not installed; `pip install pybind11`")
+    return [os.path.abspath(found) for word in present[0] if (found := shutil.which(word))][-1]
 
 
 def find_nvcc() -> str:
@@ -110,13 +120,14 @@ def find_nvcc() -> str:
         if found := shutil.which(place):
             return os.path.abspath(found)
     raise NotBuilt(
-        f"no nvcc: not in S5EQX_NVCC, CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or {sites[-1]}/nvidia; "
-        "install the CUDA toolkit and then s5eqx again"
+        "no nvcc: not in S5EQX_NVCC, CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or this environment's "
+        "packages; install the CUDA toolkit, or set S5EQX_NVCC to its nvcc, and then install s5eqx again"
     )
 
 
-def find_toolkit() -> tuple[dict[str, str], str]:
-    """What CMake must know of the CUDA toolkit, and its description."""
+def find_toolkit(compiler: str) -> tuple[dict[str, str], str]:
+    """What CMake must know of the CUDA toolkit, and its description. nvcc runs the C++ compiler even to say that."""
+    compiler = os.environ.get("NVCC_CCBIN") or compiler
     nvcc = find_nvcc()
     release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
     if release is None:
@@ -129,7 +140,8 @@ def find_toolkit() -> tuple[dict[str, str], str]:
         raise NotBuilt(f"S5EQX_CUDA_ARCHS asks for {', '.join(unknown)}; {nvcc} knows {', '.join(known)}")
     # The program found may be a script that calls nvcc from elsewhere; nvcc itself knows where its toolkit is.
     with tempfile.TemporaryDirectory() as litter:
-        top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "-c", "nothing.cu", TMPDIR=litter), re.MULTILINE)
+        said = run(nvcc, "--dryrun", "-ccbin", compiler, "-c", "nothing.cu", TMPDIR=litter)
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
     root = Path(top[1].strip() if top else Path(nvcc).parents[1]).resolve()
     machine = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
     target = root / "targets" / f"{machine}-linux"
@@ -142,6 +154,7 @@ def find_toolkit() -> tuple[dict[str, str], str]:
 
     settings = {
         "S5EQX_NVCC": nvcc,
+        "S5EQX_NVCC_CCBIN": compiler,
         "S5EQX_CUDA_INCLUDE": str(Path(first("cuda_runtime.h", root / "include", target / "include")).parent),
         "S5EQX_CUDART": first("libcudart_static.a", root / "lib64", root / "lib", target / "lib"),
         "S5EQX_CUDA_ARCHS": ";".join(architectures),
@@ -182,7 +195,7 @@ class CMakeBuild(build_ext):
                 stale.unlink(missing_ok=True)
             for report in reports:
                 report.parent.mkdir(parents=True, exist_ok=True)
-                report.write_text(f"not built: {why}\n")
+                report.write_text(f"not built: {why}\n", encoding="utf-8")
             self.missing.append((target, why))
         else:
             for report in reports:
@@ -191,8 +204,8 @@ class CMakeBuild(build_ext):
     def build_target(self, target, folder) -> str:
         """Builds it; returns what it was built with."""
         include = ffi_headers()
-        require_tools()
-        toolkit, built_with = find_toolkit() if target == "_cuda" else ({}, "")
+        compiler = require_tools()
+        toolkit, built_with = find_toolkit(compiler) if target == "_cuda" else ({}, "")
         import pybind11
 
         build = Path(self.build_temp).resolve() / target  # its own: trouble with CUDA stays there
@@ -209,8 +222,8 @@ class CMakeBuild(build_ext):
         arguments = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         said = run("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defined, *arguments)
         print(said, run("cmake", "--build", str(build), "--target", target), sep="\n")
-        compiler = re.search(r"CXX compiler identification is (.+)", said)
-        return built_with or (compiler[1] if compiler else "C++")
+        identified = re.search(r"CXX compiler identification is (.+)", said)
+        return built_with or (identified[1] if identified else "C++")
 
 
 setup(

@@ -22,14 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE", "csrc", "s5eqx")
+SOURCES = (
+    "setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "README.md", "BENCHMARKS.md", "LICENSE", "csrc",
+    "s5eqx",
+)  # fmt: skip
 CHECK = """
 import jax.numpy as jnp, s5eqx
 assert s5eqx.ops.diagonal_scan(jnp.full(2, 0.5), jnp.ones((3, 2)))[-1, 0] == 1.75
 s5eqx.show_config()
 """
-# Its parts do not pin each other, and ptxas refuses the code of a newer nvvm.
-PIP_TOOLKIT = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime")]
+# Its parts do not pin each other, and ptxas refuses the code of a newer nvvm: all of one release, or all the latest.
+PIP_TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
 CPU = "cpu     live: native kernels, "
 CUDA = r"cuda    live: native kernels, CUDA \d+\.\d, sm_90, PTX 9.0; no CUDA device: (driver missing|none visible)"
 NO_COMPILER = "no C\\+\\+ compiler: looked for /nonexistent/c\\+\\+; install one or set CXX"
@@ -112,22 +115,23 @@ class Shared:
         for name in ("cmake", "ninja"):
             (self.tools / name).symlink_to(Path(sysconfig.get_path("scripts")) / name)
 
-    def pip_toolkit(self) -> Path:
-        target = self.folder / "nvcc"
+    def pip_toolkit(self, version: str) -> Path:
+        target = self.folder / f"nvcc{version}"
         if not target.exists():
-            run(sys.executable, "-m", "pip", "install", "-q", "--target", target, *PIP_TOOLKIT)
+            parts = [part + version for part in PIP_TOOLKIT]
+            run(sys.executable, "-m", "pip", "install", "-q", "--target", target, *parts)
         return target
 
-    def path_without_nvcc(self, path: str) -> str:
+    def path_without(self, path: str, *names: str) -> str:
         folders = []
         for i, folder in enumerate(map(Path, path.split(os.pathsep))):
             shadow = folder
-            if (folder / "nvcc").exists():
-                shadow = self.folder / f"path{i}"
+            if any((folder / name).exists() for name in names):
+                shadow = self.folder / f"path{i}-without-{'-'.join(names)}"
                 if not shadow.exists():
                     shadow.mkdir()
                     for entry in folder.iterdir():
-                        if entry.name != "nvcc":
+                        if entry.name not in names:
                             (shadow / entry.name).symlink_to(entry)
             folders.append(str(shadow))
         return os.pathsep.join(folders)
@@ -138,21 +142,33 @@ def as_found(place: Place) -> None:
 
 
 def no_toolkit(place: Place) -> None:
-    place.environment["PATH"] = place.shared.path_without_nvcc(place.environment["PATH"])
+    place.environment["PATH"] = place.shared.path_without(place.environment["PATH"], "nvcc")
     place.change("setup.py", '"/usr/local/cuda/bin/nvcc"', '"/nonexistent/nvcc"')
 
 
-def pip_toolkit(place: Place) -> None:
-    no_toolkit(place)
-    (place.site / "nvidia").symlink_to(place.shared.pip_toolkit() / "nvidia")
+def pip_toolkit(version: str) -> Callable[[Place], None]:
+    def prepare(place: Place) -> None:
+        no_toolkit(place)
+        (place.site / "nvidia").symlink_to(place.shared.pip_toolkit(version) / "nvidia")
+
+    return prepare
 
 
 def broken_nvcc(place: Place) -> None:
     nvcc = place.folder / "bin/nvcc"
     nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: a library is missing'; exit 1\n")
+    nvcc.write_text("#!/bin/sh\nprintf 'nvcc fatal: no library caf\\351\\n'; exit 1\n")  # é, but not in UTF-8
     nvcc.chmod(0o755)
     place.environment["PATH"] = f"{nvcc.parent}{os.pathsep}{place.environment['PATH']}"
+
+
+def only_cxx(place: Place) -> None:
+    """No compiler on PATH; one elsewhere, behind a launcher."""
+    compiler = place.folder / "compiler/g++"
+    compiler.parent.mkdir()
+    compiler.symlink_to(str(shutil.which("g++")))
+    path = place.shared.path_without(place.environment["PATH"], "cc", "c++", "gcc", "g++", "clang", "clang++")
+    place.environment |= {"PATH": path, "CXX": f"env {compiler}"}
 
 
 def error_in(name: str) -> Callable[[Place], None]:
@@ -186,7 +202,12 @@ def install_source_distribution(place: Place) -> tuple[str, int]:
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     tree = place.tree
-    sources = [*tree.glob("csrc/*"), *tree.glob("s5eqx/**/*.py"), tree / "s5eqx/py.typed", tree / "CMakeLists.txt"]
+    sources = [
+        *tree.glob("csrc/*"),
+        *tree.glob("s5eqx/**/*.py"),
+        tree / "s5eqx/py.typed",
+        *(tree / name for name in SOURCES),
+    ]
     if missing := {str(path.relative_to(tree)) for path in sources} - names:
         raise Failed(f"not in the source distribution: {sorted(missing)}")
     built, status = place.pip("wheel", "-v", "--no-deps", "-w", place.folder / "wheels", archive)
@@ -220,6 +241,7 @@ def off(platform: str, why: str) -> str:
     return rf"{platform:<8}plain JAX: not built: {why}"
 
 
+BROKEN_NVCC = r"nvcc fatal: no library caf\\xe9"
 BUILT_BOTH = r"s5eqx: built _cpu \(.+\), _cuda \(CUDA 13\.\d: sm_90 \+ PTX\)\."
 ROWS = (
     Row("refused: S5EQX_NATIVE=maybe", variables={"S5EQX_NATIVE": "maybe"},
@@ -237,17 +259,22 @@ ROWS = (
         config=(off("cpu", ".*error: #error this compiler is too old"),)),
     Row("S5EQX_CUDA=OFF", variables={"S5EQX_CUDA": "OFF"}, config=(CPU, off("cuda", "S5EQX_CUDA=OFF"))),
     Row("no nvcc", prepare=no_toolkit, config=(CPU, off("cuda", "no nvcc: not in S5EQX_NVCC, CUDACXX, CUDA_HOME"))),
-    Row("a broken nvcc", prepare=broken_nvcc, config=(CPU, off("cuda", "nvcc fatal: a library is missing")),
-        log=(r"s5eqx: built _cpu \(.+\); _cuda not built: nvcc fatal: a library is missing\.",)),
+    Row("a broken nvcc", prepare=broken_nvcc, config=(CPU, off("cuda", BROKEN_NVCC)),
+        log=(rf"s5eqx: built _cpu \(.+\); _cuda not built: {BROKEN_NVCC}\.",)),
     Row("a broken nvcc, S5EQX_CUDA=ON", prepare=broken_nvcc, variables={"S5EQX_CUDA": "ON"},
-        log=(r"s5eqx: _cuda not built: nvcc fatal: a library is missing \(S5EQX_CUDA=ON\)",)),
+        log=(rf"s5eqx: _cuda not built: {BROKEN_NVCC} \(S5EQX_CUDA=ON\)",)),
     Row("an error in CUDA code", prepare=error_in("scan.cuh"), needs_toolkit=True,
         config=(CPU, off("cuda", ".*scan.cuh.* #error this compiler is too old"))),
     Row("toolkit on PATH", variables={"S5EQX_CUDA": "ON"}, needs_toolkit=True, config=(CPU, CUDA), log=(BUILT_BOTH,)),
     Row("editable, then OFF", install=install_editable, variables={"S5EQX_CUDA": "OFF"},
         config=(off("cpu", "S5EQX_NATIVE=OFF"),)),
-    Row("pip's nvcc", prepare=pip_toolkit, variables={"S5EQX_CUDA": "ON"}, config=(CPU, CUDA), log=(BUILT_BOTH,)),
-    Row("pip's nvcc; isolated: source distribution, wheel, install; an empty CXX", prepare=pip_toolkit,
+    Row("the only compiler is in CXX", prepare=only_cxx, variables={"S5EQX_CUDA": "ON"}, needs_toolkit=True,
+        config=(CPU, CUDA), log=(BUILT_BOTH,)),
+    Row("pip's nvcc 13.0", prepare=pip_toolkit("==13.0.*"), variables={"S5EQX_CUDA": "ON"}, config=(CPU, CUDA),
+        log=(BUILT_BOTH,)),
+    Row("pip's latest nvcc", prepare=pip_toolkit(""), variables={"S5EQX_CUDA": "ON"}, config=(CPU, CUDA),
+        log=(BUILT_BOTH,)),
+    Row("pip's nvcc 13.0; isolated: source distribution, wheel, install; an empty CXX", prepare=pip_toolkit("==13.0.*"),
         install=install_source_distribution,
         variables={"S5EQX_NATIVE": "ON", "S5EQX_CUDA": "ON", "S5EQX_REQUIRE_NATIVE": "1", "CXX": ""},
         config=(CPU, CUDA), log=(BUILT_BOTH,)),

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -42,15 +43,24 @@ ffi::Error aligned(std::initializer_list<const AnyBuffer*> buffers, int64_t elem
   return ffi::Error::Success();
 }
 
+// Python raises it as a ValueError, a handler returns it.
+int64_t workspace_for(int64_t batch, int64_t length, int64_t states, int64_t scalar_bytes, bool is_complex,
+                      bool time_varying, Pass pass) {
+  const int64_t element_bytes = scalar_bytes * (is_complex ? 2 : 1);
+  if (!tile(batch, length, states, element_bytes, time_varying, pass, /*aligned=*/false).is_countable(states))
+    throw std::length_error(
+        "s5eqx scan: rows by states, in tiles, must be fewer than 2^30; got B = " + std::to_string(batch) +
+        ", L = " + std::to_string(length) + " and P = " + std::to_string(states) + ". Split the batch, or the states");
+  return workspace_bytes(batch, length, states, scalar_bytes, is_complex, time_varying, pass);
+}
+
 ffi::Error enough(const AnyBuffer& memory, const ScanShape& s, bool is_double, Pass pass) {
-  const bool time_varying = s.a_time != 0;
-  if (!tile(s.batch, s.length, states(s), element_bytes(s, is_double), time_varying, pass, /*aligned=*/false)
-           .is_countable(states(s)))
-    return ffi::Error::InvalidArgument(
-        "s5eqx scan: rows times states, in tiles, must be fewer than 2^30; got B = " + std::to_string(s.batch) +
-        " and P = " + std::to_string(states(s)) + ". Split the batch");
-  const int64_t needed =
-      workspace_bytes(s.batch, s.length, states(s), is_double ? 8 : 4, s.is_complex, time_varying, pass);
+  int64_t needed;
+  try {
+    needed = workspace_for(s.batch, s.length, states(s), is_double ? 8 : 4, s.is_complex, s.a_time != 0, pass);
+  } catch (const std::length_error& e) {
+    return ffi::Error::InvalidArgument(e.what());
+  }
   const int64_t given = static_cast<int64_t>(memory.size_bytes());
   if (given < needed)
     return ffi::Error::InvalidArgument("s5eqx scan: the workspace must hold " + std::to_string(needed) +
@@ -204,7 +214,7 @@ int64_t workspace_of(const std::string& target, int64_t batch, int64_t length, i
                                 target);
   const Pass pass = is_backward ? Pass::kBackward : Pass::kForward;
   // An array without elements would be one more special case of everyone on the way.
-  return std::max<int64_t>(16, workspace_bytes(batch, length, states, scalar_bytes, is_complex, time_varying, pass));
+  return std::max<int64_t>(16, workspace_for(batch, length, states, scalar_bytes, is_complex, time_varying, pass));
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ B, L, P, D = 16, 24, 8, 4
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 devices = np.array(jax.devices())
 AUTO = Mesh(devices.reshape(4, 2), ("data", "model"))
+LINE = Mesh(devices, ("all",))
 EXPLICIT = Mesh(devices.reshape(4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 
 
@@ -68,6 +69,13 @@ def under_jit():
     own = (Split("data", None, "model"), *both[1:], Split("data"))
     yield "gradient, time-varying, resets", compare(with_reset, (*varying.arrays, p.reset), own, AUTO)
     yield "gradient, time is split", compare(gradient_of(diagonal_scan), arrays, time, AUTO)
+    heads = problem(single, (B, 2), L, P).arrays
+    nested = jax.vmap(jax.vmap(diagonal_scan, (None, 0, 0)), (None, 0, 0))
+    yield "forward, heads in a split batch", compare(nested, heads, batch, EXPLICIT)
+    # One mesh axis over the batch and over the states: the axes of a mesh cannot say that.
+    apart = lambda a, b: diagonal_scan(a, b.reshape(L, 2, 4 * P).swapaxes(0, 1)).swapaxes(0, 1).reshape(b.shape)
+    wide = (np.tile(arrays[0], 4), problem(single, (), L, 8 * P).b)
+    yield "forward, a mesh axis split in two", compare(apart, wide, (Split(), Split(None, "all")), LINE)
 
 
 def layer():

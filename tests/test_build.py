@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from s5eqx.ops import _native
+
 setuptools = pytest.importorskip("setuptools")
 SETUP = Path(__file__).parents[1] / "setup.py"
 NVCC = """#!/bin/sh
 case $1 in
   --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
   --list-gpu-arch) printf 'compute_75\\ncompute_90\\ncompute_90a\\ncompute_121\\n' ;;
-  --dryrun) echo "#$ TOP={top}/bin/.." ;;
+  --dryrun) [ "$2 $3" = "-ccbin /opt/g++" ] && echo "#$ TOP={top}/bin/.." ;;
 esac
 """
 
@@ -23,7 +25,7 @@ esac
 @pytest.fixture
 def build(monkeypatch):
     """The functions of setup.py, on a machine without nvcc."""
-    for name in ("S5EQX_NVCC", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "S5EQX_CUDA_ARCHS"):
+    for name in ("S5EQX_NVCC", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "S5EQX_CUDA_ARCHS", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/bin")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
@@ -62,9 +64,10 @@ def test_where_nvcc_is_looked_for(build, tmp_path, monkeypatch):
     assert build.find_nvcc() == from_pip
     on_path = put_nvcc(tmp_path / "bin")
     assert build.find_nvcc() == on_path
+    expected = on_path
     for variable in ("CUDA_PATH", "CUDA_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-        assert build.find_nvcc() == on_path or variable == "CUDA_HOME"  # a home without nvcc is passed over
+        assert build.find_nvcc() == expected  # a home without nvcc is passed over
         expected = put_nvcc(tmp_path / variable / "bin")
         assert build.find_nvcc() == expected
     for variable in ("CUDACXX", "S5EQX_NVCC"):
@@ -100,31 +103,57 @@ def test_a_toolkit_behind_a_wrapper(build, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("S5EQX_NVCC", put_nvcc(tmp_path / "bin", top=root))
     (root / "bin").mkdir(parents=True)
     with pytest.raises(build.NotBuilt, match=f"no cuda_runtime.h under {root}, where .*/bin/nvcc has its toolkit"):
-        build.find_toolkit()
+        build.find_toolkit("/opt/g++")
     put_toolkit(root, "include/cuda_runtime.h", f"{folder}/libcudart_static.a")
-    settings, described = build.find_toolkit()
+    settings, described = build.find_toolkit("/opt/g++")
     assert settings == {
         "S5EQX_NVCC": str(tmp_path / "bin/nvcc"),
+        "S5EQX_NVCC_CCBIN": "/opt/g++",
         "S5EQX_CUDA_INCLUDE": str(root / "include"),
         "S5EQX_CUDART": str(root / folder / "libcudart_static.a"),
         "S5EQX_CUDA_ARCHS": "75;90",
     }
     assert described == "CUDA 13.0: sm_75 … sm_90 + PTX"
     monkeypatch.setenv("S5EQX_CUDA_ARCHS", "121")
-    assert build.find_toolkit()[1] == "CUDA 13.0: sm_121 + PTX"
+    assert build.find_toolkit("/opt/g++")[1] == "CUDA 13.0: sm_121 + PTX"
+    monkeypatch.setenv("NVCC_CCBIN", "/opt/g++")
+    assert build.find_toolkit("/usr/bin/g++") == build.find_toolkit("/opt/g++")
+
+
+@pytest.mark.parametrize("given", ["{0}/g++", "ccache {0}/g++ -m64", "{0}/g++ -isystem {0}"])
+def test_the_compiler_that_nvcc_is_told_of(build, given, tmp_path, monkeypatch):
+    for name in ("ccache", "cmake", "ninja", "g++"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setenv("CXX", given.format(tmp_path))
+    assert build.require_tools() == f"{tmp_path}/g++"
+
+
+def test_every_device_from_the_oldest_on_has_code(build):
+    """Machine code goes for one major version, and there was none for 11.0."""
+    module = SimpleNamespace(
+        architectures=(*(f"sm_{a}" for a in build.ARCHITECTURES), f"compute_{build.ARCHITECTURES[-1]}"),
+        driver=lambda: 13000,
+        toolkit="13.0",
+    )
+    for device in (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130):
+        code = _native._code_for(divmod(device, 10), module) or "none"
+        assert code.startswith("sm_" if device < 130 else "compute_"), device
+    budgeted = runpy.run_path(str(SETUP.parent / "tests/cuda_host/registers.py"))["ARCHITECTURES"]
+    assert budgeted == tuple(a for a in build.ARCHITECTURES if a != "70")  # CUDA 13, which it runs, dropped it
 
 
 def test_toolkits_that_will_not_do(build, tmp_path, monkeypatch):
     monkeypatch.setenv("S5EQX_NVCC", put_nvcc(tmp_path, release="11.8"))
     with pytest.raises(build.NotBuilt, match=r"nvcc is of CUDA 11\.8, and 12\.0 is the oldest that will do"):
-        build.find_toolkit()
+        build.find_toolkit("/opt/g++")
     put_nvcc(tmp_path, release="12.9")
     monkeypatch.setenv("S5EQX_CUDA_ARCHS", "90 100")
     with pytest.raises(build.NotBuilt, match=r"S5EQX_CUDA_ARCHS asks for 100; .*/nvcc knows 75, 90, 121"):
-        build.find_toolkit()
+        build.find_toolkit("/opt/g++")
     (tmp_path / "nvcc").write_text("#!/bin/sh\necho a word\n")
     with pytest.raises(build.NotBuilt, match="--version` does not say which release it is"):
-        build.find_toolkit()
+        build.find_toolkit("/opt/g++")
 
 
 @pytest.mark.parametrize(
@@ -146,5 +175,7 @@ def test_the_reason_is_the_first_error(build, said, reason):
     with pytest.raises(build.NotBuilt) as failure:
         build.run("sh", "-c", f"echo '{said}'; exit 1")
     assert str(failure.value) == reason
+    with pytest.raises(build.NotBuilt, match=r"^x.c:1: error: \\xe9 in C$"):  # é, but not in UTF-8
+        build.run("sh", "-c", r"printf 'x.c:1: error: \351 in %s\n' $LANGUAGE; exit 1")
     with pytest.raises(build.NotBuilt, match="`sh -c 'exit 3'` failed with status 3"):
         build.run("sh", "-c", "exit 3")

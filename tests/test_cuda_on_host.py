@@ -10,7 +10,11 @@ import pytest
 from cuda_on_host import SCHEDULES, Run, ask, build, case, errors, needs_compiler
 from scan_problems import plain_scan
 
+import s5eqx
+from s5eqx.ops import _native
+
 pytestmark = needs_compiler
+CUDA = s5eqx.backends()[1]
 DTYPES = ("float32", "float64", "complex64", "complex128")
 FORWARD = {"wants_last": True}
 LAST_ONLY = {"wants_x": False, "wants_last": True}
@@ -127,6 +131,16 @@ def test_growth_from_nothing_stays_nothing(program):
         check(program, [(c, FORWARD)])
 
 
+@pytest.mark.skipif(not CUDA.live, reason=CUDA.detail)
+@pytest.mark.parametrize(("batch", "states"), [(2**31, 1), (1, 2**31), (2**27, 2**10)])
+def test_more_than_the_kernels_count_is_refused(batch, states):
+    """When the program is compiled, before anything is allocated."""
+    with pytest.raises(
+        ValueError, match=rf"fewer than 2\^30; got B = {batch}, L = 4 and P = {states}. Split the batch"
+    ):
+        _native.workspace_bytes("cuda", "s5eqx_scan_forward", (1, 1, states), (batch, 4, states), jnp.float32, False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "radius", "limit"),
@@ -163,7 +177,7 @@ def associative_scan(a, b, x0):
 def test_same_bits_over_super_groups(program, varying):
     """More than 256 tiles, so that the chain of published states is used."""
     c = case("complex64", 1, (256 if not varying else 128) * 260, 16, varying=varying, flags=1, radius=(0.999, 0.99999))
-    runs = {"runs": SCHEDULES[::2]}
+    runs = {"runs": SCHEDULES}
     check(program, [(c, FORWARD | runs), (c, LAST_ONLY | runs), (c, BACKWARD | runs)])
 
 

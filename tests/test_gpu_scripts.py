@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import s5eqx
+from scan_problems import native
 
 GPU = Path(__file__).parent / "gpu"
-native = pytest.mark.skipif(not s5eqx.backends()[0].live, reason=s5eqx.backends()[0].detail)
 
 
 def run(*command, folder, **environment):

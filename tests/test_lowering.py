@@ -106,6 +106,38 @@ def test_only_a_program_for_several_devices_calls_back():
     assert "CustomSPMDPartitioning" not in text and "@s5eqx_scan_forward" in text
 
 
+@native
+def test_programs_for_several_devices_differ_in_more_than_an_address():
+    """For the caches of compiled programs, which may not look at it: it is another one in each process."""
+    pairs = jnp.ones((2, 5, 2))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    split = jax.device_put(pairs, NamedSharding(mesh, PartitionSpec("d")))
+
+    def text(**options):
+        lowered = jax.jit(lambda b: diagonal_scan(b[0, 0], b, **options)).lower(split).as_text()
+        masked, count = re.subn(r'backend_config = "\d+"', "", lowered)
+        assert count == 1
+        return masked
+
+    assert text() == text()
+    assert text() != text(reverse=True)
+
+
+@native
+def test_the_old_partitioner_gathers():
+    """It knows no sharding rules, and would end the process."""
+    b = jnp.ones((2, 5, 3))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    split = jax.device_put(b, NamedSharding(mesh, PartitionSpec("d")))
+    shardy = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        text = jax.jit(everything).lower(split).as_text()
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", shardy)
+    assert "CustomSPMDPartitioning" not in text and all(f"@{target}" in text for target in TARGETS)
+
+
 def lower_for_cuda():
     scan = jax.jit(lambda b: diagonal_scan(b[0], b))
     return scan.trace(jnp.ones((3, 2))).lower(lowering_platforms=("cuda",)).as_text()
@@ -126,8 +158,10 @@ def cuda_without_kernels(monkeypatch):
 def test_a_cuda_device_without_kernels_warns_once(cuda_without_kernels):
     with use_backend("jax"):
         lower_for_cuda()
-    with pytest.warns(RuntimeWarning, match=r"not built: no nvcc was found.*show_config.*use_backend\(\"jax\"\)"):
+    expected = r"not built: no nvcc was found.*show_config.*use_backend\(\"jax\"\)"
+    with pytest.warns(RuntimeWarning, match=expected) as warned:
         assert "s5eqx_scan" not in lower_for_cuda()
+    assert [w.filename for w in warned] == [__file__]  # what the user wrote, and not a line of this library or of JAX
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lower_for_cuda()

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scan_problems import native
 
 import s5eqx
 from s5eqx.ops import _native
 
 TESTS = Path(__file__).parent
 CPU = s5eqx.backends()[0]
-native = pytest.mark.skipif(not CPU.live, reason=CPU.detail)
 
 
 def run_python(code, *path, **environment):
@@ -144,7 +144,13 @@ BUILT = "CUDA 13.0, sm_75 … sm_120, PTX 12.0"
             cuda_module([H200, ("NVIDIA B200", 10, 0)]),
             False,
             f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx again with "
-            'S5EQX_CUDA_ARCHS="90;100"',
+            'S5EQX_CUDA_ARCHS="90;100", or hide it with CUDA_VISIBLE_DEVICES',
+        ),
+        (
+            cuda_module([("NVIDIA B200", 10, 0)]),
+            False,
+            f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx again with "
+            'S5EQX_CUDA_ARCHS="100"',
         ),
     ],
 )
@@ -192,6 +198,14 @@ def test_what_a_workspace_is_computed_from(dtype, pairs, scalar_bytes, is_comple
         size = _native.workspace_bytes("cuda", "s5eqx_scan_final", (1, steps, *tail), (3, 7, *tail), dtype, pairs)
         assert size == 17 and asked.pop() == ("s5eqx_scan_final", 3, 7, 5, scalar_bytes, is_complex, steps > 1)
     assert _native.workspace_bytes("cpu", "s5eqx_scan_final", (1, 1, *tail), (3, 7, *tail), dtype, pairs) is None
+
+
+def test_a_workspace_needs_a_fixed_shape(registered, monkeypatch):
+    monkeypatch.setattr(_native, "_import", lambda name: cuda_module())
+    (n,) = jax.export.symbolic_shape("n")
+    for shape in ((n, 7, 5), (3, n, 5), (3, 7, n)):
+        with pytest.raises(ValueError, match=r"need a fixed shape; got \(.*n.*\): export one program per shape"):
+            _native.workspace_bytes("cuda", "s5eqx_scan_forward", (1, 1, shape[2]), shape, "float32", False)
 
 
 def test_devices_that_are_not_there(monkeypatch, capsys):

@@ -1,13 +1,13 @@
 """`s5eqx.self_test`: what it reports, and that it sees a wrong kernel."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
+from scan_problems import native
 
 import s5eqx
 from s5eqx.ops import _native
-
-CPU = s5eqx.backends()[0]
-native = pytest.mark.skipif(not CPU.live, reason=CPU.detail)
 
 
 def on_cpu():
@@ -26,6 +26,16 @@ def test_without_kernels_it_tests_plain_jax(monkeypatch):
     assert on_cpu().backend == "jax"
 
 
+@pytest.mark.parametrize(
+    "platform, version, expected",
+    [("gpu", "PJRT C API\nrocm 60402", False), ("gpu", "PJRT C API\ncuda 13000", True), ("tpu", "", False)],
+)
+def test_the_kernels_for_cuda_are_for_no_other_device(platform, version, expected, monkeypatch):
+    monkeypatch.setattr(_native, "is_live", lambda platform: {"cpu": True, "cuda": True}[platform])
+    client = SimpleNamespace(platform_version=version)
+    assert _native.runs_native(SimpleNamespace(platform=platform, client=client)) == expected
+
+
 @native
 @pytest.mark.parametrize("wrong", ["forward", "backward", "final"])
 def test_a_wrong_kernel_is_named(wrong, monkeypatch):
@@ -37,7 +47,7 @@ def test_a_wrong_kernel_is_named(wrong, monkeypatch):
         return lambda ctx, *operands, reverse, **attributes: rule(ctx, *operands, reverse=reverse != flip, **attributes)
 
     monkeypatch.setattr(jax.ffi, "ffi_lowering", misled)
-    with pytest.raises(RuntimeError, match=r"native kernels are wrong on .*cpu.*must be below") as error:
+    with pytest.raises(RuntimeError, match=r"(?i)native kernels are wrong on .*cpu.*must be below") as error:
         s5eqx.self_test()
     message = str(error.value)
     assert {name for name in ("\n  states", "\n  final state", "\n  gradient of b") if name in message} == {

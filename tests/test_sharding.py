@@ -45,6 +45,8 @@ EXPECTED = {
     "gradient, final state": ONE_SUM,
     "gradient, time-varying, resets": NOTHING,
     "gradient, time is split": NOTHING | {"all-gather": 2},  # right, but slower: the kernel wants all of L
+    "forward, heads in a split batch": NOTHING,
+    "forward, a mesh axis split in two": NOTHING | {"all-gather": 2},  # right: one for each of its halves
     "S5, auto": ONE_SUM,
     "S5, explicit": ONE_SUM,
 }
@@ -172,6 +174,7 @@ def test_bad_input_to_sharded_scan_is_named():
     for scan, error, message in (
         (lambda b: sharded_scan(a, b, axis_name="length"), ValueError, "axis 'length'"),
         (lambda b: sharded_scan(a, b, jnp.ones(4), axis_name="time"), ValueError, r"x0 .*\(3,\).*got \(4,\)"),
+        (lambda b: sharded_scan(a, b, b[0], axis_name="time"), ValueError, r"x0 .*same on all devices.*\['time'\]"),
         (lambda b: sharded_scan(jnp.ones((4, 3)), b, axis_name="time"), ValueError, r"a .*\(2, 3\).*got \(4, 3\)"),
         (lambda b: sharded_scan(a, b, axis_name="time", reset=jnp.ones(4, bool)), ValueError, r"reset .*got \(4,\)"),
         (lambda b: sharded_scan(a.astype(jnp.complex64), b, axis_name="time"), TypeError, "share one dtype"),

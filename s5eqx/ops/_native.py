@@ -41,7 +41,7 @@ def _runtime_ffi_api() -> tuple[int, int]:
 def _why_absent(name: str) -> str:
     report = _HERE / f"{name}.txt"  # setup.py leaves one line here about what it could not build
     if report.exists():
-        return report.read_text().strip()
+        return report.read_text(encoding="utf-8").strip()
     if (_HERE.parents[1] / "setup.py").exists():
         return "source tree, not the installed package: run `pip install .` and import from another folder"
     return "not part of this build"
@@ -127,13 +127,15 @@ def _cuda_detail(module: Any) -> str:
         )
     if not devices:
         return f"{built}; no CUDA device: {'none visible' if any(driver) else 'driver missing'}"
-    for name, *capability in devices:
-        if _code_for((capability[0], capability[1]), module) is None:
-            wanted = sorted({(major, minor) for _, major, minor in devices})
-            raise _NotLive(
-                f"{name} (sm_{capability[0]}{capability[1]}) runs nothing of what was built ({built}): install s5eqx "
-                f'again with S5EQX_CUDA_ARCHS="{";".join(f"{major}{minor}" for major, minor in wanted)}"'
-            )
+    unfit = [device for device in devices if _code_for(device[1:], module) is None]
+    if unfit:
+        name, major, minor = unfit[0]
+        wanted = ";".join(f"{major}{minor}" for major, minor in sorted({device[1:] for device in devices}))
+        hide = ", or hide it with CUDA_VISIBLE_DEVICES" if len(unfit) < len(devices) else ""
+        raise _NotLive(
+            f"{name} (sm_{major}{minor}) runs nothing of what was built ({built}): install s5eqx again with "
+            f'S5EQX_CUDA_ARCHS="{wanted}"{hide}'
+        )
     kinds = Counter(f"{name} (sm_{major}{minor})" for name, major, minor in devices)
     listed = ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
     return f"{built}; {len(devices)} {'device' if len(devices) == 1 else 'devices'}: {listed}"
@@ -179,7 +181,7 @@ def is_live(platform_name: str) -> bool:
 
 
 def workspace_bytes(
-    platform_name: str, target: str, a_shape: Sequence[int], b_shape: Sequence[int], dtype: Any, pairs: bool
+    platform_name: str, target: str, a_shape: Sequence[Any], b_shape: Sequence[Any], dtype: Any, pairs: bool
 ) -> int | None:
     """The size of the workspace that a live target wants as its last result, for operands in canonical shapes.
 
@@ -191,6 +193,11 @@ def workspace_bytes(
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     scalar_bytes = dtype.itemsize // 2 if is_complex else dtype.itemsize
     batch, length, states = b_shape[:3]
+    if not all(isinstance(n, int) for n in (batch, length, states)):
+        raise ValueError(
+            f"the CUDA kernels need a fixed shape; got ({', '.join(map(str, b_shape))}): export one program per shape, "
+            'or use_backend("jax")'
+        )
     module = _backend(platform_name)[1]
     return module.workspace_bytes(target, batch, length, states, scalar_bytes, is_complex or pairs, a_shape[1] > 1)
 
@@ -200,10 +207,12 @@ def backends() -> tuple[NativeBackend, ...]:
     return tuple(_backend(platform_name)[0] for platform_name in _PLATFORMS)
 
 
-def _lowering_platform(device: Any) -> str:
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+def runs_native(device: Any) -> bool:
+    """Whether operations on a device, as JAX gives it, run native kernels."""
+    name = device.platform
+    if name == "gpu":
+        name = "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+    return name in _PLATFORMS and is_live(name)
 
 
 def show_config() -> None:
@@ -228,8 +237,8 @@ def show_config() -> None:
         devices = []
         print(f"jax     no devices: {str(error).splitlines()[0]}")
     for device in devices:
-        live = (name := _lowering_platform(device)) in _PLATFORMS and is_live(name)
-        print(f"jax     {device} ({device.device_kind}) runs {'native kernels' if live else 'plain JAX'}")
+        kernels = "native kernels" if runs_native(device) else "plain JAX"
+        print(f"jax     {device} ({device.device_kind}) runs {kernels}")
     for name in sorted(os.environ):
         if name.startswith("S5EQX_"):
             print(f"{name}={os.environ[name]}")

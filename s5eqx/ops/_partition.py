@@ -6,10 +6,12 @@ mean: B and P may be split, L may not.
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -24,12 +26,15 @@ def sees_devices(primitive: Primitive) -> None:
     prim_requires_devices_during_lowering.add(primitive)
 
 
-def partitioned(ctx, call: Callable[..., list[jax.Array]], axes: str) -> Callable[..., list[jax.Array]] | None:
-    """`call` as something that XLA can partition; None where the bare call serves.
+def partitioned(ctx, primitive: Primitive, axes: str, params: dict[str, Any]) -> Callable[..., list[jax.Array]] | None:
+    """The call of `primitive` as something that XLA can partition; None where the bare call serves.
 
     That is on one device, under `shard_map`, where every device runs the kernel on its own anyway (over axes that it
-    leaves automatic XLA gathers), and in an export, which must not hold callbacks into this process.
+    leaves automatic XLA gathers), and in an export, which must not hold callbacks into this process. Also under the
+    old partitioner of XLA, which knows no sharding rules: it gathers.
     """
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return None
     context = ctx.module_context.axis_context
     devices, mesh = (getattr(context, name, None) for name in ("device_assignment", "abstract_mesh"))
     if not devices or len(devices) == 1 or mesh is None or ctx.module_context.lowering_parameters.for_export:
@@ -44,10 +49,11 @@ def partitioned(ctx, call: Callable[..., list[jax.Array]], axes: str) -> Callabl
 
     def local(*present):
         rest = iter(present)
-        return call(*(next(rest) if aval.size else jnp.zeros(aval.shape, aval.dtype) for aval in ctx.avals_in))
+        operands = (next(rest) if aval.size else jnp.zeros(aval.shape, aval.dtype) for aval in ctx.avals_in)
+        return primitive.bind(*operands, **params)
 
     def partition(mesh, operand_shapes, result_shapes):
-        batch, _, states, *_ = (*operand_shapes[1].sharding.spec, None, None, None)
+        batch, _, states, *_ = (*_spec(operand_shapes[1].sharding, mesh), None, None, None)
         held = {"B": batch, "P": states}
         shard = lambda factors: NamedSharding(mesh, PartitionSpec(*map(held.get, factors)))
         return mesh, local, [*map(shard, results)], tuple(map(shard, operands))
@@ -55,8 +61,29 @@ def partitioned(ctx, call: Callable[..., list[jax.Array]], axes: str) -> Callabl
     rule = " -> ".join(", ".join(map(" ".join, side)) for side in (operands, results))
     whole = tuple(factor for factor in dict.fromkeys(chain(*operands, *results)) if factor not in ("B", "P"))
     spread = custom_partitioning(local)
-    spread.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
-    return lambda *operands: spread(*(operands[i] for i in given))
+    spread.def_partition(
+        partition=partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole
+    )
+
+    def run(*operands):
+        # The program holds no more of the call than the address of a callback. Its cache would confuse two of them.
+        with set_xla_metadata(s5eqx=f"{primitive} {params}"):
+            return spread(*(operands[i] for i in given))
+
+    return run
+
+
+def _spec(sharding, mesh):
+    """How an array is split, in the axes of the mesh; as not at all where these cannot say it, and XLA gathers.
+
+    They cannot where one mesh axis is split over two axes of the array. JAX's own decoding is an error there.
+    """
+    try:
+        from jax._src.sharding_impls import parse_flatten_op_sharding
+
+        return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+    except (ImportError, AttributeError, AssertionError, NotImplementedError, ValueError):
+        return PartitionSpec()
 
 
 def _factors(letters, shape, sizes, own):

@@ -1,8 +1,11 @@
 """What the operations' JAX primitives have in common: binding, batching, lowering, derivatives by composition."""
 
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +19,10 @@ from s5eqx.ops._partition import partitioned, sees_devices
 
 Arrays = Sequence[jax.Array]
 STATIC = ("reverse", "pairs", "backend")
+_LIBRARIES = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 
 
-def _varying_axes(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which `x` varies, inside `jax.shard_map`."""
     aval = jax.typeof(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
@@ -26,13 +30,13 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
 
 def _lifted(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """`x`, varying over `axes` too."""
-    missing = tuple(sorted(axes - _varying_axes(x)))
+    missing = tuple(sorted(axes - varying_axes(x)))
     return _vary_over(x, missing) if missing else x
 
 
 def varying_like(x: jax.Array, constant: jax.Array) -> jax.Array:
     """`constant`, varying over the mesh axes that `x` varies over: a loop's carry must."""
-    return _lifted(constant, _varying_axes(x))
+    return _lifted(constant, varying_axes(x))
 
 
 def _vary_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -47,7 +51,7 @@ def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]
     The lift's transpose is the sum over devices that the gradient of a replicated operand needs. Without it
     that gradient is silently one device's share.
     """
-    union = frozenset().union(*map(_varying_axes, operands))
+    union = frozenset().union(*map(varying_axes, operands))
     return primitive.bind(*(_lifted(x, union) for x in operands), **params)
 
 
@@ -101,8 +105,7 @@ def lower_natively(
                     f'({_why_not_live(platform)}), and use_backend("native") asks for them. Use "auto" to fall back on '
                     "plain JAX."
                 )
-            call = partial(primitive.bind, backend=backend, **attributes)
-            spread = partitioned(ctx, call, axes)
+            spread = partitioned(ctx, primitive, axes, {"backend": backend, **attributes})
             if spread is not None:
                 return mlir.lower_fun(spread, multiple_results=True)(ctx, *operands)
             return _call_target(target, platform, ctx, operands, attributes)
@@ -124,7 +127,7 @@ def _call_target(target, platform, ctx, operands, attributes):
 
 
 def _why_not_live(platform):
-    return next((b.detail for b in _native.backends() if b.platform == platform), "there are none")
+    return next((b.detail for b in _native.backends() if b.platform == platform and not b.live), "there are none")
 
 
 def _has_devices(platform):
@@ -136,11 +139,14 @@ def _has_devices(platform):
 
 @cache
 def _warn_of_fallback(platform, why):
+    frame, level = sys._getframe(), 1
+    while frame and frame.f_code.co_filename.startswith((*_LIBRARIES, "<@beartype")):  # to the user's own code
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"s5eqx has no kernels for this {platform} device and runs plain JAX, which is slower: {why}. "
         '`s5eqx.show_config()` tells what is there; `use_backend("jax")` asks for plain JAX and does not warn.',
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=level,
     )
 
 
@@ -177,6 +183,10 @@ def fold_batches(
     reference: Callable[..., Arrays] | None = None,
 ) -> None:
     """Batches by folding the mapped axis into the leading axis, so that a vmap costs no extra kernel.
+
+    The mapped axis leads. Of the two, XLA can therefore keep only this one split over devices; where the rows are what
+    is split it gathers them, or JAX raises if the mesh is explicit. No order serves both, and the outermost `vmap` is
+    mostly the one over the batch.
 
     Operand `batched` has the full batch. Operands in `shareable` may lead with 1 instead, and stay so where they are
     not mapped. Operands in `unbatched` have no batch axis: where one of them is mapped, `reference` is mapped instead.

@@ -81,8 +81,7 @@ def _both(case, operands):
 
 
 def _check(device) -> DeviceTest:
-    platform = "cuda" if device.platform == "gpu" else device.platform
-    backend = "native" if platform in ("cpu", "cuda") and _native.is_live(platform) else "jax"
+    backend = "native" if _native.runs_native(device) else "jax"
 
     @jax.jit
     def everything(drawn):

@@ -22,7 +22,8 @@ def diagonal_scan(
     """x[t] = a[t] x[t-1] + b[t] along the axis L, for real or complex numbers.
 
     Differentiable in `a`, `b` and `x0`, to any order and in both modes. Runs a native kernel where there is one for
-    the device (see `s5eqx.backends`), plain JAX elsewhere.
+    the device (see `s5eqx.backends`), plain JAX elsewhere. Under `jit`, devices may share the first axis of the batch
+    and P: of several batch axes, with those mapped by `vmap` in front, split the first one and no other.
 
     **Arguments:**
 

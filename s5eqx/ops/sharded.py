@@ -8,6 +8,7 @@ from jax import lax
 
 from s5eqx._typing import Array, Bool, Float, Inexact, checked
 from s5eqx.ops._power import power
+from s5eqx.ops._primitive import varying_axes
 from s5eqx.ops.scan import broadcast, diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs
 
 
@@ -32,14 +33,17 @@ def sharded_scan(
         time = PartitionSpec(None, "time")
         x = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), time), out_specs=time)(a, b)
 
+    With |a| > 1, where the product of one device's multipliers overflows, states may be NaN that are finite on one
+    device.
+
     **Arguments:**
 
     - `a`, `b`, `reset`: as for `diagonal_scan`; what varies over L is this device's piece. Pieces have one length.
-    - `x0`: the state before the first step of all, the same on all devices.
+    - `x0`: the state before the first step of all, the same on all devices, which `check_vma` of `shard_map` checks.
     - `axis_name`: the mesh axis, or axes, over which the length is split.
     - `reverse`: from the last step of the last device to the first of the first; `x0` is the state after the last.
 
-    **Raises:** `ValueError` outside of `shard_map`; what `diagonal_scan` raises.
+    **Raises:** `ValueError` outside of `shard_map`, where `x0` varies over `axis_name`, and as `diagonal_scan` does.
     """
     return _sharded(a, b, x0, axis_name, reset, reverse, pairs=False)
 
@@ -66,6 +70,13 @@ def _sharded(a, b, x0, axis_name, reset, reverse, *, pairs):
             f"sharded_scan must run inside jax.shard_map over a mesh with the axis {axis_name!r}, each device with its "
             f"piece of the length; here there is no such axis ({error}). On a whole sequence call diagonal_scan."
         ) from error
+    names = {axis_name} if isinstance(axis_name, str) else {*axis_name}
+    if x0 is not None and (varying := names & varying_axes(jnp.asarray(x0))):
+        raise ValueError(
+            "x0 of sharded_scan is the state before the first step of all and must be the same on all devices; got one "
+            f"that varies over {sorted(varying)}. Give it PartitionSpec() in in_specs; if it is computed inside, bring "
+            "the one that is meant to all devices with jax.lax.psum."
+        )
     scan, final = (diagonal_scan_pairs, final_state_pairs) if pairs else (diagonal_scan, final_state)
     scan, final = partial(scan, reverse=reverse), partial(final, reverse=reverse)
     final = jax.checkpoint(final)  # else its derivative keeps as many states as the result has

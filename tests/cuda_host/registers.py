@@ -3,8 +3,9 @@
     python tests/cuda_host/registers.py [--write] [ARCHITECTURE ...]
 
 A kernel that takes more registers than its line in `registers.txt` allows, or spills more bytes, is an error: it may
-halve what runs at once. Another nvcc than the one that the file names allots them otherwise and only has to compile.
-Needs nvcc on PATH or in S5EQX_NVCC. `--write` makes what was found the budget.
+halve what runs at once. So is, where all architectures are compiled for, a line whose kernel is gone. Another nvcc than
+the one that the file names allots them otherwise and only has to compile. Needs nvcc on PATH or in S5EQX_NVCC.
+`--write` makes what was found the budget.
 """
 
 import concurrent.futures
@@ -18,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUDGET = HERE / "registers.txt"
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "110", "120")
 
 
 def name_of(symbol):
@@ -59,7 +60,8 @@ def main(arguments):
     version = re.search(
         r"release (\S+),", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     ).group(1)
-    architectures = [a for a in arguments if a != "--write"] or ARCHITECTURES
+    asked = [a for a in arguments if a != "--write"]
+    architectures = asked or ARCHITECTURES
     sources = sorted(CSRC.glob("*.cu"))
     found = {}
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -76,7 +78,8 @@ def main(arguments):
         print(f"{len(found)} kernels compile without warnings with nvcc {version}; the budget is for another:\n{head}")
         return
     budget = {(a, kernel): (int(n), int(spilled)) for a, kernel, n, spilled in map(str.split, rows)}
-    wrong = []
+    gone = [] if asked else [key for key in budget if key not in found]
+    wrong = [f"{' '.join(key)} has a line in {BUDGET.name} and is no kernel: remove it" for key in gone]
     for key, (n, spilled) in found.items():
         if key not in budget:
             wrong.append(f"{' '.join(key)} has no line in {BUDGET.name}")

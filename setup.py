@@ -91,17 +91,20 @@ def ffi_headers() -> Path:
     return folder
 
 
-def require_tools() -> str:
-    """Returns the C++ compiler, without what CXX may have before and after it, as in "ccache g++ -m64"."""
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
-    present = [words for words in map(shlex.split, compilers) if shutil.which(words[0])]
-    if not present:
-        raise NotBuilt(f"no C++ compiler: looked for {', '.join(compilers)}; install one or set CXX")
+def require_tools() -> None:
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             raise NotBuilt(f"no {tool} on PATH; `pip install {tool}`")
     if importlib.util.find_spec("pybind11") is None:
         raise NotBuilt("pybind11 is not installed; `pip install pybind11`")
+
+
+def find_compiler() -> str:
+    """The C++ compiler, without what CXX may have before and after it, as in "ccache g++ -m64"."""
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
+    present = [words for words in map(shlex.split, compilers) if shutil.which(words[0])]
+    if not present:
+        raise NotBuilt(f"no C++ compiler: looked for {', '.join(compilers)}; install one or set CXX")
     return [os.path.abspath(found) for word in present[0] if (found := shutil.which(word))][-1]
 
 
@@ -204,7 +207,8 @@ class CMakeBuild(build_ext):
     def build_target(self, target, folder) -> str:
         """Builds it; returns what it was built with."""
         include = ffi_headers()
-        compiler = require_tools()
+        compiler = find_compiler()
+        require_tools()
         toolkit, built_with = find_toolkit(compiler) if target == "_cuda" else ({}, "")
         import pybind11
 

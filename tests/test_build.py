@@ -126,7 +126,7 @@ def test_the_compiler_that_nvcc_is_told_of(build, given, tmp_path, monkeypatch):
         (tmp_path / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.setenv("CXX", given.format(tmp_path))
-    assert build.require_tools() == f"{tmp_path}/g++"
+    assert build.find_compiler() == f"{tmp_path}/g++"
 
 
 def test_every_device_from_the_oldest_on_has_code(build):

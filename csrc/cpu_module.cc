@@ -72,40 +72,11 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ff
   return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
 }
 
-using ffi::AnyBuffer;
-XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_forward_handler, forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attr<bool>("reverse")
-                                  .Attr<bool>("pairs"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_final_handler, final_state,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attr<bool>("reverse")
-                                  .Attr<bool>("pairs"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_backward_handler, backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Arg<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Ret<AnyBuffer>()
-                                  .Attr<bool>("reverse")
-                                  .Attr<bool>("pairs"));
+auto context() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_forward_handler, forward, (scan_binding<4, 1>(context())));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_final_handler, final_state, (scan_binding<4, 1>(context())));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_backward_handler, backward, (scan_binding<5, 3>(context())));
 
 }  // namespace
 }  // namespace s5eqx

@@ -143,35 +143,11 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer a, AnyBuffer x, AnyBuffer x0,
 #define S5EQX_HANDLER(name, function, binding) \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, binding, {ffi::Traits::kCmdBufferCompatible})
 
-auto scan_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Arg<AnyBuffer>()
-      .Ret<AnyBuffer>()
-      .Ret<AnyBuffer>()
-      .Attr<bool>("reverse")
-      .Attr<bool>("pairs");
-}
+auto context() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
 
-S5EQX_HANDLER(scan_forward_handler, forward, scan_binding());
-S5EQX_HANDLER(scan_final_handler, final_state, scan_binding());
-S5EQX_HANDLER(scan_backward_handler, backward,
-              ffi::Ffi::Bind()
-                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                  .Arg<AnyBuffer>()
-                  .Arg<AnyBuffer>()
-                  .Arg<AnyBuffer>()
-                  .Arg<AnyBuffer>()
-                  .Arg<AnyBuffer>()
-                  .Ret<AnyBuffer>()
-                  .Ret<AnyBuffer>()
-                  .Ret<AnyBuffer>()
-                  .Ret<AnyBuffer>()
-                  .Attr<bool>("reverse")
-                  .Attr<bool>("pairs"));
+S5EQX_HANDLER(scan_forward_handler, forward, (scan_binding<4, 2>(context())));
+S5EQX_HANDLER(scan_final_handler, final_state, (scan_binding<4, 2>(context())));
+S5EQX_HANDLER(scan_backward_handler, backward, (scan_binding<5, 4>(context())));
 
 // "75;80;90-virtual" as ("sm_75", "sm_80", "compute_90").
 std::vector<std::string> architectures() {

@@ -497,14 +497,15 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(Sums<E> p) {
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 template <typename E, Pass kPass>
-Status launch_scan(const Tiling& t, Problem<E> p, bool is_complex, bool time_varying, void* memory, int64_t blocks,
-                   Stream stream) {
+Status launch_scan(const ScanShape& s, Problem<E> p, bool aligned, void* memory, int64_t blocks, Stream stream) {
+  const bool time_varying = s.a_time != 0;
+  const Tiling t = tile(s.batch, s.length, p.states, sizeof(E), time_varying, kPass, aligned);
   p.channel_tiles = static_cast<int>(t.channel_tiles);
   p.chains = static_cast<int>(t.chains);
   p.tiles = static_cast<int>(t.tiles);
   p.lanes = t.lanes;
   while (1 << p.lane_bits < t.lanes) ++p.lane_bits;
-  const Workspace w = workspace(t, is_complex, time_varying, kPass);
+  const Workspace w = workspace(t, s.is_complex, time_varying, kPass);
   int64_t at_most = t.chains;
   if (t.look_back) {
     uint64_t* const words = static_cast<uint64_t*>(memory);
@@ -536,11 +537,11 @@ Status launch_scan(const Tiling& t, Problem<E> p, bool is_complex, bool time_var
 }
 
 template <typename E>
-Problem<E> problem(const ScanShape& s, int64_t states, bool descending) {
+Problem<E> problem(const ScanShape& s, bool descending) {
   Problem<E> p{};
-  const int64_t scalars = s.width / states;
+  const int64_t scalars = s.is_complex ? 2 : 1;
   p.length = s.length;
-  p.states = states;
+  p.states = s.width / scalars;
   p.first_time = descending ? s.length - 1 : 0;
   p.time_step = descending ? -1 : 1;
   p.a_batch = s.a_batch / scalars;
@@ -557,8 +558,7 @@ const E* as(const void* p) {
 template <typename E>
 Status scan_forward_on_gpu(const ScanShape& s, const ForwardArrays<void>& k, void* memory, int64_t blocks,
                            Stream stream) {
-  const int64_t states = s.width / (s.is_complex ? 2 : 1);
-  Problem<E> p = problem<E>(s, states, s.reverse);
+  Problem<E> p = problem<E>(s, s.reverse);
   p.a = as<E>(k.a);
   p.values = as<E>(k.b);
   p.x0 = as<E>(k.x0);
@@ -568,15 +568,13 @@ Status scan_forward_on_gpu(const ScanShape& s, const ForwardArrays<void>& k, voi
   bool aligned = true;
   for (const void* q : {k.a, k.b, k.x0, static_cast<const void*>(k.x), static_cast<const void*>(k.last)})
     aligned &= is_aligned(q, 16);
-  const Tiling t = tile(s.batch, s.length, states, sizeof(E), s.a_time != 0, Pass::kForward, aligned);
-  return launch_scan<E, Pass::kForward>(t, p, s.is_complex, s.a_time != 0, memory, blocks, stream);
+  return launch_scan<E, Pass::kForward>(s, p, aligned, memory, blocks, stream);
 }
 
 template <typename E>
 Status scan_backward_on_gpu(const ScanShape& s, const BackwardArrays<void>& k, void* memory, int64_t blocks,
                             Stream stream) {
-  const int64_t states = s.width / (s.is_complex ? 2 : 1);
-  Problem<E> p = problem<E>(s, states, !s.reverse);
+  Problem<E> p = problem<E>(s, !s.reverse);
   p.conjugate = k.conjugate;
   p.a = as<E>(k.a);
   p.values = as<E>(k.g);
@@ -590,8 +588,7 @@ Status scan_backward_on_gpu(const ScanShape& s, const BackwardArrays<void>& k, v
   for (const void* q : {k.a, k.x, k.x0, k.g, static_cast<const void*>(k.lambda), static_cast<const void*>(k.da),
                         static_cast<const void*>(k.dx0)})
     aligned &= is_aligned(q, 16);
-  const Tiling t = tile(s.batch, s.length, states, sizeof(E), s.a_time != 0, Pass::kBackward, aligned);
-  return launch_scan<E, Pass::kBackward>(t, p, s.is_complex, s.a_time != 0, memory, blocks, stream);
+  return launch_scan<E, Pass::kBackward>(s, p, aligned, memory, blocks, stream);
 }
 
 #define S5EQX_INSTANTIATE(E)                                                                                    \

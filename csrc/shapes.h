@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "scan.h"
 #include "xla/ffi/api/ffi.h"
@@ -153,6 +154,17 @@ inline ScanChecker check_backward(const ffi::AnyBuffer& a, const ffi::AnyBuffer&
   check.multiplier_cotangent("da", da);
   check.state("dx0", dx0);
   return check;
+}
+
+// The signature of a scan target, after what `binding` has of the context: so many arrays in and out, and two flags.
+template <int kOperands, int kResults, typename Binding>
+auto scan_binding(Binding binding) {
+  if constexpr (kOperands > 0)
+    return scan_binding<kOperands - 1, kResults>(std::move(binding).template Arg<ffi::AnyBuffer>());
+  else if constexpr (kResults > 0)
+    return scan_binding<0, kResults - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
+  else
+    return std::move(binding).template Attr<bool>("reverse").template Attr<bool>("pairs");
 }
 
 }  // namespace s5eqx

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from helpers import recurrence, recurrence_vjp, relative_error
+from scan_problems import LAYOUTS, problem
 
 HERE = Path(__file__).parent / "cuda_host"
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -53,50 +54,23 @@ def build(folder, *flags):
     return program
 
 
-class Case(NamedTuple):
-    """A problem, and what is asked of the kernels."""
-
-    a: np.ndarray  # (1 or B, 1 or L, P)
-    b: np.ndarray  # (B, L, P)
-    x0: np.ndarray  # (B, P)
-    g: np.ndarray
-    reset: np.ndarray | None  # (1 or B, L)
-    reverse: bool
-    label: str
-
-    def states(self):
-        """x in double precision, and the last of it."""
-        x = recurrence(self.a, self.b, self.x0, self.reset, self.reverse)
-        return x, x[:, 0 if self.reverse else -1]
-
-    def cotangents(self, conjugate=False):
-        """Those of b, of a (one a batch row) and of x0."""
-        a = np.broadcast_to(self.a, (self.b.shape[0], *self.a.shape[1:]))
-        _, (da, db, dx0) = recurrence_vjp(a, self.b, self.x0, self.g, self.reset, self.reverse, conjugate)
-        return db, da, dx0
+def case(dtype, batch, length, states, *, a_rows=1, varying=False, flags=0, **options):
+    """A random problem of canonical shapes. `flags` is the number of rows of flags; most tiles have no reset."""
+    a, reset = (a_rows, length if varying else 1, states), (flags, length) if flags else False
+    return problem(LAYOUTS[dtype], (batch,), length, states, a=a, reset=reset, resets=0.02, **options)
 
 
-def case(dtype, batch, length, states, *, a_rows=1, varying=False, radius=(0.3, 0.999), flags=0, reverse=False, seed=0):
-    """A random problem of canonical shapes, rounded to `dtype`. `flags` is the number of rows of flags."""
-    rng = np.random.default_rng(seed)
-    is_complex = dtype.startswith("complex")
+def all_states(c):
+    """x in double precision, and the last of it."""
+    x = recurrence(*c.arrays, c.reset, c.reverse)
+    return x, x[:, 0 if c.reverse else -1]
 
-    def draw(*shape):
-        return (rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if is_complex else 0)).astype(dtype)
 
-    a_shape = (a_rows, length if varying else 1, states)
-    phase = rng.uniform(0, 2 * np.pi, a_shape)
-    a = rng.uniform(*radius, a_shape) * (np.exp(1j * phase) if is_complex else np.sign(np.cos(phase)))
-    label = f"{dtype} {(batch, length, states)} a {a_shape} flags {flags} reverse {reverse}"
-    return Case(
-        a.astype(dtype),
-        draw(batch, length, states),
-        draw(batch, states),
-        draw(batch, length, states),
-        rng.random((flags, length)) < 0.02 if flags else None,
-        reverse,
-        label,
-    )
+def cotangents(c, conjugate=False):
+    """Those of b, of a (one a batch row) and of x0, in double precision."""
+    a = np.broadcast_to(c.a, (c.b.shape[0], *c.a.shape[1:]))
+    _, (da, db, dx0) = recurrence_vjp(a, c.b, c.x0, c.g, c.reset, c.reverse, conjugate)
+    return db, da, dx0
 
 
 OPTIONS = {"backward": False, "conjugate": False, "wants_x": True, "wants_last": False, "shift": 0, "runs": (Run(),)}
@@ -116,7 +90,7 @@ def ask(program, questions):
         numbers += [asked["conjugate"], asked["wants_x"], asked["wants_last"], asked["shift"], len(asked["runs"])]
         numbers += [n for run in asked["runs"] for n in run]
         flags = np.zeros(0, np.uint8) if c.reset is None else c.reset.astype(np.uint8)
-        x = c.states()[0].astype(c.b.dtype) if asked["backward"] else None
+        x = all_states(c)[0].astype(c.b.dtype) if asked["backward"] else None
         arrays = (c.a, x, c.x0, flags, c.g) if asked["backward"] else (c.a, c.b, c.x0, flags)
         message += [np.array(numbers, np.int64).tobytes(), *(np.ascontiguousarray(z).tobytes() for z in arrays)]
         if asked["backward"]:
@@ -141,8 +115,8 @@ def ask(program, questions):
 def errors(c, results, **options):
     """The relative errors of an answer, by name."""
     if options.get("backward"):
-        truth = dict(zip(("lambda", "da", "dx0"), c.cotangents(options.get("conjugate", False)), strict=True))
+        truth = dict(zip(("lambda", "da", "dx0"), cotangents(c, options.get("conjugate", False)), strict=True))
     else:
-        truth = dict(zip(("x", "last"), c.states(), strict=True))
+        truth = dict(zip(("x", "last"), all_states(c), strict=True))
         truth = {name: z for name, z in truth.items() if options.get(f"wants_{name}", name == "x")}
     return {name: relative_error(ours, exact) for (name, exact), ours in zip(truth.items(), results, strict=True)}

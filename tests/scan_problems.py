@@ -77,8 +77,13 @@ class Problem(NamedTuple):
         return self.a, self.b, self.x0
 
 
-def problem(layout, batch, length, states, *, a=None, radius=(0.3, 0.999), reset=False, reverse=False, seed=0):
-    """A random problem; `a` is the shape of the multipliers, (P,) if not given, `reset` the shape of the flags."""
+def problem(
+    layout, batch, length, states, *, a=None, radius=(0.3, 0.999), reset=False, resets=0.1, reverse=False, seed=0
+):
+    """A random problem; `a` is the shape of the multipliers, (P,) if not given, `reset` the shape of the flags.
+
+    `resets` is the share of steps that are one.
+    """
     rng = np.random.default_rng(seed)
     a_shape = (states,) if a is None else a
     modulus = rng.uniform(*radius, a_shape)
@@ -90,7 +95,7 @@ def problem(layout, batch, length, states, *, a=None, radius=(0.3, 0.999), reset
         layout.draw(rng, shape),
         layout.draw(rng, (*batch, states)),
         layout.draw(rng, shape),
-        rng.random(reset) < 0.1 if reset else None,
+        rng.random(reset) < resets if reset else None,
         reverse,
         f"b {shape}, a {a_shape}, reset {reset}, reverse {reverse}",
     )

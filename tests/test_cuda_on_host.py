@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_on_host import SCHEDULES, Run, ask, build, case, errors, needs_compiler
+from cuda_on_host import SCHEDULES, Run, all_states, ask, build, case, cotangents, errors, needs_compiler
 from scan_problems import plain_scan
 
 import s5eqx
@@ -152,9 +152,9 @@ def test_long_memory(program, length, radius, limit):
     Prints a row of BENCHMARKS.md.
     """
     c = case("complex64", 1, length, 16, radius=(radius, radius))
-    (xs, _), (cotangents, _) = ask(program, [(c, {}), (c, {**BACKWARD, "conjugate": True})])
-    results = dict(zip(("x", "lambda", "da", "dx0"), (*xs, *cotangents), strict=True))
-    truth = dict(zip(results, (c.states()[0], *c.cotangents(conjugate=True)), strict=True))
+    (xs, _), (backward, _) = ask(program, [(c, {}), (c, {**BACKWARD, "conjugate": True})])
+    results = dict(zip(("x", "lambda", "da", "dx0"), (*xs, *backward), strict=True))
+    truth = dict(zip(results, (all_states(c)[0], *cotangents(c, conjugate=True)), strict=True))
     others = {"associative_scan": associative_scan, "lax.scan": plain_scan}
     for name, scan in others.items():
         results[name], truth[name] = scan(c.a[0], c.b[0], c.x0[0])[None], truth["x"]

@@ -19,6 +19,10 @@ try:
     from jax._src.dispatch import prim_requires_devices_during_lowering
 except ImportError:  # then no lowering sees devices, and XLA gathers: slower, and as right
     prim_requires_devices_during_lowering = set()
+try:
+    from jax._src.sharding_impls import parse_flatten_op_sharding
+except ImportError:  # then nobody says how an array is split, and XLA gathers
+    parse_flatten_op_sharding = None
 
 
 def sees_devices(primitive: Primitive) -> None:
@@ -74,15 +78,15 @@ def partitioned(ctx, primitive: Primitive, axes: str, params: dict[str, Any]) ->
 
 
 def _spec(sharding, mesh):
-    """How an array is split, in the axes of the mesh; as not at all where these cannot say it, and XLA gathers.
-
-    They cannot where one mesh axis is split over two axes of the array. JAX's own decoding is an error there.
-    """
+    """How an array is split, in the axes of the mesh; as not at all where these cannot say it, and XLA gathers."""
+    tiling = getattr(sharding, "_hlo_sharding", None)  # private, as the decoder is: without it XLA gathers
+    if tiling is None or parse_flatten_op_sharding is None:
+        return PartitionSpec()
     try:
-        from jax._src.sharding_impls import parse_flatten_op_sharding
-
-        return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
-    except (ImportError, AttributeError, AssertionError, NotImplementedError, ValueError):
+        return parse_flatten_op_sharding(tiling, mesh)[0]
+    # The decoder has no other way to say that the mesh cannot: one of its axes is split over two of the array (an
+    # assertion), it does not divide the tiles (IndivisibleError, a ValueError), or the tiles have manual subgroups.
+    except (AssertionError, ValueError, NotImplementedError):
         return PartitionSpec()
 
 

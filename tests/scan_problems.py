@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recurrence_vjp, relative_error, to_complex, to_pairs
+from helpers import recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
 
 import s5eqx
-from s5eqx.ops import diagonal_scan, diagonal_scan_pairs, use_backend
+from s5eqx.ops import diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs, use_backend
 
 native = pytest.mark.skipif(not s5eqx.backends()[0].live, reason=s5eqx.backends()[0].detail)
 BACKENDS = [pytest.param("native", marks=native), "jax"]
@@ -124,6 +124,17 @@ def check(layout, problems, backend="native", tolerance=2e-6):
         for name, ours, exact in zip(names, (x, *cotangents), (truth[0], *truth[1]), strict=True):
             assert ours.shape == exact.shape, f"{name}: {p.label}"
             assert relative_error(ours, exact) < bound, f"{name}: {p.label}"
+
+
+def check_all(layout, problems):
+    """States and cotangents, and the last states from the kernel that finds them alone."""
+    check(layout, problems)
+    final = final_state_pairs if layout.pairs else final_state
+    for p in problems:
+        with use_backend("native"):
+            last = layout.read(final(*map(layout.store, p.arrays), reset=p.reset, reverse=p.reverse))
+        exact = recurrence(*p.arrays, p.reset, p.reverse)[..., 0 if p.reverse else -1, :]
+        assert relative_error(last, exact) < (1e-12 if layout.is_double else 2e-6), p.label
 
 
 def plain_scan(a, b, x0):

@@ -12,10 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-from helpers import recurrence, relative_error
-from scan_problems import LAYOUTS, check, problem
-
-from s5eqx.ops import final_state, final_state_pairs, use_backend
+from scan_problems import LAYOUTS, check_all, problem
 
 
 def problems(layout):
@@ -29,15 +26,7 @@ def main():
     jax.config.update("jax_enable_x64", True)
     names = sys.argv[1:] or ["complex64", "float32", "pairs32", "float64", "complex128"]
     for name in names:
-        layout = LAYOUTS[name]
-        chosen = [*problems(layout)]
-        check(layout, chosen)
-        final = final_state_pairs if layout.pairs else final_state
-        for p in chosen:
-            with use_backend("native"):
-                last = layout.read(final(*map(layout.store, p.arrays), reset=p.reset, reverse=p.reverse))
-            exact = recurrence(*p.arrays, p.reset, p.reverse)[:, 0 if p.reverse else -1]
-            assert relative_error(last, exact) < 2e-6, p.label
+        check_all(LAYOUTS[name], [*problems(LAYOUTS[name])])
     print(f"{len(names)} element types, each forward, backward and final state: right")
 
 

@@ -15,6 +15,7 @@ class Backbone(AbstractComposedMixer):
     """`norm(block_n(... block_1(x)))`. The state is a tuple of the blocks' states."""
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = True
 
     blocks: tuple[Block, ...]
     norm: eqx.nn.LayerNorm

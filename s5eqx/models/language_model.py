@@ -37,6 +37,7 @@ class LanguageModel(AbstractCausalMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = True
 
     embedding: Float[Array, "V D"]
     positions: Float[Array, "max_length D"] | None

@@ -1,13 +1,17 @@
 """Layers: one file a published layer, each a final module that acts on one example."""
 
 from s5eqx.nn._mixer import AbstractCausalMixer as AbstractCausalMixer
+from s5eqx.nn._mixer import AbstractLayer as AbstractLayer
 from s5eqx.nn._mixer import AbstractMixer as AbstractMixer
+from s5eqx.nn._mixer import takes_reset as takes_reset
 from s5eqx.nn.activations import FullGLU as FullGLU
 from s5eqx.nn.activations import Gelu as Gelu
 from s5eqx.nn.activations import HalfGLU1 as HalfGLU1
 from s5eqx.nn.activations import HalfGLU2 as HalfGLU2
 from s5eqx.nn.bidirectional_s5 import BidirectionalS5 as BidirectionalS5
 from s5eqx.nn.block import Block as Block
+from s5eqx.nn.buffer import Buffer as Buffer
+from s5eqx.nn.convolution import Convolution as Convolution
 from s5eqx.nn.discretise import ZOH as ZOH
 from s5eqx.nn.discretise import AbstractDiscretisation as AbstractDiscretisation
 from s5eqx.nn.discretise import Bilinear as Bilinear

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
-from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 
 Run = Callable[[AbstractCausalMixer, PyTree[Array], Any, PRNGKeyArray | None], tuple[PyTree[Array], Any]]
 
@@ -38,6 +38,7 @@ class AbstractComposedMixer(AbstractCausalMixer):
         reset: Bool[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "L D"]:
+        refuse_reset(self, reset)
         return self.forward(in_parallel(reset), self.init_state(), x, key)[1]
 
     @checked
@@ -49,6 +50,7 @@ class AbstractComposedMixer(AbstractCausalMixer):
         reset: Bool[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree[Array], Float[Array, "L D"]]:
+        refuse_reset(self, reset)
         return self.forward(in_chunks(reset), state, x, key)
 
     @checked
@@ -60,4 +62,5 @@ class AbstractComposedMixer(AbstractCausalMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree[Array], Float[Array, " D"]]:
+        refuse_reset(self, reset)
         return self.forward(in_steps(reset), state, x_t, key)

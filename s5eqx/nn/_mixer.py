@@ -3,19 +3,47 @@
 import abc
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree
 
 
-class AbstractMixer(eqx.Module):
-    """Mixes one un-batched sequence along its length. Batch it with `jax.vmap`.
+class AbstractLayer(eqx.Module):
+    """What every layer declares of itself.
 
     `recurrence` names the fields that parametrise the layer's recurrence. They stay in float32 (or
     float64) whatever the compute dtype, and optimisers may give them a group of their own.
+
+    `resets` says whether the layer can drop its state in the middle of a sequence. A layer made of layers
+    can where all its parts can: ask `refuse_reset`.
     """
 
     recurrence: eqx.AbstractClassVar[tuple[str, ...]]
+    resets: eqx.AbstractClassVar[bool]
+
+
+def takes_reset(layer: PyTree) -> bool:
+    """Whether `layer` and every part of it can drop its state in the middle of a sequence."""
+    return not _stubborn(layer)
+
+
+def refuse_reset(layer: AbstractLayer, reset: Bool[Array, "..."] | None) -> None:
+    """Refuses flags, whatever they say, where some part of `layer` cannot drop its state."""
+    if reset is not None and (parts := _stubborn(layer)):
+        raise ValueError(
+            f"{type(layer).__name__} takes no `reset`, since a {type(parts[0]).__name__} convolves with the whole past "
+            "and cannot forget it at a step. Run the sequences one by one, or use a mixer whose recurrence is a scan."
+        )
+
+
+def _stubborn(layer):
+    is_one = lambda node: isinstance(node, AbstractLayer) and not node.resets
+    return [node for node in jax.tree.leaves(layer, is_leaf=is_one) if is_one(node)]
+
+
+class AbstractMixer(AbstractLayer):
+    """Mixes one un-batched sequence along its length. Batch it with `jax.vmap`."""
 
     @abc.abstractmethod
     def __call__(

@@ -30,6 +30,7 @@ class BidirectionalS5(AbstractMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ("C_backward",)
+    resets: ClassVar[bool] = True
 
     forward: S5
     C_backward: Float[Array, "D P 2"]

@@ -27,6 +27,7 @@ class Block(AbstractComposedMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = True
 
     norm1: eqx.nn.LayerNorm
     mixer: AbstractCausalMixer

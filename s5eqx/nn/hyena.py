@@ -54,6 +54,7 @@ class Hyena(AbstractComposedMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = True
 
     in_proj: eqx.nn.Linear
     short_conv: ShortConv | None

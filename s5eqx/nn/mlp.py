@@ -18,6 +18,7 @@ class MLP(AbstractCausalMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = True
 
     fc1: eqx.nn.Linear
     fc2: eqx.nn.Linear

@@ -38,6 +38,7 @@ class S5(AbstractCausalMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ("Lambda_re", "Lambda_im", "log_Delta", "B", "C", "D")
+    resets: ClassVar[bool] = True
 
     Lambda_re: Float[Array, " P"]
     Lambda_im: Float[Array, " P"]

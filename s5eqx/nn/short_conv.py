@@ -22,6 +22,7 @@ class ShortConv(AbstractCausalMixer):
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = True
 
     weight: Float[Array, "K D"]
     bias: Float[Array, " D"]

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jax.typing import DTypeLike
 
 from s5eqx._typing import PyTree
-from s5eqx.nn._mixer import AbstractMixer
+from s5eqx.nn._mixer import AbstractLayer
 
 
 def recurrence_mask(model: PyTree) -> PyTree[bool]:
@@ -15,7 +15,7 @@ def recurrence_mask(model: PyTree) -> PyTree[bool]:
     if jtu.all_leaves([model]):
         return False
     children, treedef = jtu.tree_flatten_with_path(model, is_leaf=lambda node: node is not model)
-    names = model.recurrence if isinstance(model, AbstractMixer) else ()
+    names = model.recurrence if isinstance(model, AbstractLayer) else ()
     return jtu.tree_unflatten(
         treedef,
         [

@@ -25,6 +25,9 @@ class Case:
     build: Callable
     tokens: bool = False
     intervals: bool = False
+    fft: bool = False
+    """Without flags it is a convolution by FFT, and causal up to rounding."""
+    resets: bool = True
 
 
 def conv(key, kernel_size=3):
@@ -37,6 +40,10 @@ def s5(key, **options):
 
 def hyena(key, **options):
     return nn.hyena_s5(D, 4, key=key, **options)
+
+
+def implicit(key, **options):
+    return nn.hyena(D, 2 * L, filter_width=5, key=key, **options)
 
 
 def language_model(key, mixer, **options):
@@ -59,6 +66,12 @@ CASES = {
     "hyena_2_no_short_conv": Case(lambda key: hyena(key, short_filter=0)),
     "hyena_3_half_glu2": Case(lambda key: hyena(key, order=3, activation=nn.HalfGLU2)),
     "hyena_4": Case(lambda key: hyena(key, order=4, short_filter=4)),
+    "convolution": Case(lambda key: nn.Convolution(jnp.zeros((2 * L, D)), jnp.zeros(D)), fft=True, resets=False),
+    "hyena_implicit_2": Case(lambda key: implicit(key), fft=True, resets=False),
+    "hyena_implicit_3": Case(
+        lambda key: implicit(key, order=3, short_filter=0, normalize=True, shift=0.1), fft=True, resets=False
+    ),
+    "hyena_heads": Case(lambda key: implicit(key, num_heads=2, use_bias=False), fft=True, resets=False),
     "block": Case(lambda key: nn.Block(s5(key), nn.MLP(D, 8, key=key))),
     "backbone": Case(lambda key: language_model(key, (conv(key), conv(key))).backbone),
     "language_model": Case(lambda key: language_model(key, (hyena(key), conv(key))), tokens=True),
@@ -67,7 +80,10 @@ CASES = {
     ),
 }
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# All tests of a case run in one process, which compiles it once.
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=pytest.mark.xdist_group(name)) for name, case in CASES.items()]
+)
 
 
 def build(case, key, dtype=None):
@@ -79,10 +95,10 @@ def build(case, key, dtype=None):
 
 
 def inputs(case, seed=0, dtype=float):
-    """A sequence, and what else comes in at every step: flags that are all False, and intervals."""
+    """A sequence, and what else comes in at every step: flags that are all False, where it takes any; intervals."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.integers(0, V, L) if case.tokens else rng.standard_normal((L, D)))
-    each = {"reset": jnp.zeros(L, bool)}
+    each = {"reset": jnp.zeros(L, bool)} if case.resets else {}
     if case.intervals:
         each["intervals"] = jnp.asarray(rng.uniform(0.3, 3.0, L), dtype)
     return x if case.tokens else x.astype(dtype), each
@@ -92,6 +108,17 @@ def used_state(mixer, key):
     """A state as an earlier chunk could have left it."""
     fill = lambda a: a + jr.normal(key, a.shape, a.dtype) if eqx.is_inexact_array(a) else a + 2
     return jax.tree.map(fill, mixer.init_state())
+
+
+def forms(case, each):
+    """With flags and without, where these are two ways to compute."""
+    yield each
+    if case.fft and case.resets:
+        yield without_flags(each)
+
+
+def without_flags(each):
+    return {name: a for name, a in each.items() if name != "reset"}
 
 
 def whole(mixer, state, x, each):
@@ -150,10 +177,11 @@ def test_chunks_and_steps_equal_the_whole(case, key, x64):
     mixer = build(case, key)
     state = used_state(mixer, key)
     x, each = inputs(case)
-    each["reset"] = each["reset"].at[jnp.array([3, 4, 9])].set(True)
     weights = weights_like(mixer, state, x, each, key)
-    for flags in (each["reset"], jnp.zeros_like(each["reset"])):
-        each["reset"] = flags
+    several = list(forms(case, each))
+    if case.resets:
+        several.append({**each, "reset": each["reset"].at[jnp.array([3, 4, 9])].set(True)})
+    for each in several:
         expected = run(whole, mixer, state, x, each, weights)
         assert_close(run(chunks, mixer, state, x, each, weights), expected)
         assert_close(run(steps, mixer, state, x, each, weights), expected)
@@ -166,7 +194,7 @@ def test_law_as_it_is_written(case, key, x64):
     x, each = inputs(case)
     weights = weights_like(mixer, mixer.init_state(), x, each, key)
     (_, y), _ = run(whole, mixer, mixer.init_state(), x, each, weights)
-    del each["reset"]
+    each = without_flags(each)
     assert_close(quick_jit(mixer)(x, **each), y)
     if not case.intervals:
         assert_close(lax.scan(mixer.step, mixer.init_state(), x)[1], y)
@@ -179,25 +207,32 @@ def test_no_output_depends_on_the_future(case, way, key, x64):
     state = used_state(mixer, key)
     x, each = inputs(case)
     weights = weights_like(mixer, state, x, each, key)
-    (_, y), _ = run(way, mixer, state, x, each, weights)
     no_state = jax.tree.map(jnp.zeros_like, weights[0])
-    for t in (0, 4, L - 2):
-        known = jnp.arange(L) <= t
-        splice = lambda a, b, known=known: jnp.where(known if a.ndim == 1 else known[:, None], a, b)
-        other, other_each = jax.tree.map(splice, (x, each), inputs(case, seed=1))
-        (_, other_y), _ = run(way, mixer, state, other, other_each, weights)
-        np.testing.assert_array_equal(other_y[: t + 1], y[: t + 1])
-        past = (no_state, weights[1].at[t + 1 :].set(0))
-        _, (_, _, to_x) = run(way, mixer, state, x, each, past)
-        if not case.tokens:
-            assert_zero(to_x[t + 1 :])
-            assert jnp.all(jnp.any(to_x[t] != 0))
+    for each in forms(case, each):
+        tolerance = 1e-12 if case.fft and "reset" not in each else 0
+        (_, y), _ = run(way, mixer, state, x, each, weights)
+        for t in (0, 4, L - 2):
+            known = jnp.arange(L) <= t
+            splice = lambda a, b, known=known: jnp.where(known if a.ndim == 1 else known[:, None], a, b)
+            other, other_each = inputs(case, seed=1)
+            other_each = {name: splice(each[name], other_each[name]) for name in each}
+            (_, other_y), _ = run(way, mixer, state, splice(x, other), other_each, weights)
+            np.testing.assert_allclose(other_y[: t + 1], y[: t + 1], rtol=0, atol=tolerance)
+            past = (no_state, weights[1].at[t + 1 :].set(0))
+            _, (_, _, to_x) = run(way, mixer, state, x, each, past)
+            if not case.tokens:
+                np.testing.assert_allclose(to_x[t + 1 :], jnp.zeros_like(to_x[t + 1 :]), rtol=0, atol=tolerance)
+                assert jnp.all(jnp.any(jnp.abs(to_x[t]) > 1e-9))
 
 
 @every_case
 @pytest.mark.parametrize("way", [whole, chunks, steps])
 def test_a_reset_starts_a_new_sequence(case, way, key, x64):
     mixer = build(case, key)
+    assert nn.takes_reset(mixer) == case.resets
+    if not case.resets:
+        refuses_flags(case, way, mixer)
+        return
     state, empty = used_state(mixer, key), mixer.init_state()
     x, each = inputs(case)
     weights = weights_like(mixer, state, x, each, key)
@@ -225,12 +260,21 @@ def test_a_reset_starts_a_new_sequence(case, way, key, x64):
         assert_close(y[t:], alone_y[:-t])
 
 
+def refuses_flags(case, way, mixer):
+    x, each = inputs(case)
+    with pytest.raises(ValueError, match="takes no `reset`"):
+        way(mixer, mixer.init_state(), x, {**each, "reset": jnp.zeros(L, bool)})
+    if way is whole:
+        with pytest.raises(ValueError, match=f"^{type(mixer).__name__} takes no `reset`"):  # itself: before any work
+            mixer(x, reset=jnp.zeros(L, bool))
+
+
 @every_case
 def test_empty_sequence(case, key, x64):
     mixer = build(case, key)
     state = used_state(mixer, key)
     x, each = jax.tree.map(lambda a: a[:0], inputs(case))
-    for kept in (each, {name: a for name, a in each.items() if name != "reset"}):
+    for kept in (each, without_flags(each)):
         after, y = quick_jit(mixer.prefill)(state, x, **kept)
         assert_close(after, state, 0)
         assert y.shape == quick_jit(mixer)(x, **kept).shape == (0, V if case.tokens else D)
@@ -242,7 +286,8 @@ def test_vmap(case, key, x64):
     states = [used_state(mixer, k) for k in jr.split(key, 3)]
     examples = [inputs(case, seed) for seed in range(3)]
     for t, (_, each) in enumerate(examples):
-        each["reset"] = each["reset"].at[3 * t].set(True)
+        if case.resets:
+            each["reset"] = each["reset"].at[3 * t].set(True)
     batch = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     weights = weights_like(mixer, states[0], *examples[0], key)
     expected = [run(whole, mixer, s, x, each, weights)[0] for s, (x, each) in zip(states, examples, strict=True)]
@@ -254,13 +299,13 @@ def test_vmap(case, key, x64):
 @every_case
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_dtypes_follow_the_parameters(case, dtype, key, x64):
-    """Not the x64 flag, which is on here: recurrent states are at least complex64, all else is `dtype`."""
+    """Not the x64 flag, which is on here: recurrent states are at least float32 or complex64, all else is `dtype`."""
     wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
     mixer = nn.cast(build(case, key, wide), dtype)
     x, each = inputs(case, dtype=dtype)
     state = mixer.init_state()
     complex_dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype(d) for d in (dtype, complex_dtype, jnp.int32)}
+    assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype(d) for d in (dtype, wide, complex_dtype, jnp.int32)}
     for way in (whole, chunks, steps):
         after, y = eqx.filter_eval_shape(way, mixer, state, x, each)
         assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)

@@ -8,6 +8,8 @@ from s5eqx.nn.activations import FullGLU as FullGLU
 from s5eqx.nn.activations import Gelu as Gelu
 from s5eqx.nn.activations import HalfGLU1 as HalfGLU1
 from s5eqx.nn.activations import HalfGLU2 as HalfGLU2
+from s5eqx.nn.bank import AbstractFilterBank as AbstractFilterBank
+from s5eqx.nn.bank import MixerBank as MixerBank
 from s5eqx.nn.bidirectional_s5 import BidirectionalS5 as BidirectionalS5
 from s5eqx.nn.block import Block as Block
 from s5eqx.nn.buffer import Buffer as Buffer
@@ -17,10 +19,10 @@ from s5eqx.nn.discretise import AbstractDiscretisation as AbstractDiscretisation
 from s5eqx.nn.discretise import Bilinear as Bilinear
 from s5eqx.nn.hippo import diagonalise as diagonalise
 from s5eqx.nn.hippo import hippo_legs_normal as hippo_legs_normal
-from s5eqx.nn.hyena import AbstractFilterBank as AbstractFilterBank
 from s5eqx.nn.hyena import Hyena as Hyena
-from s5eqx.nn.hyena import MixerBank as MixerBank
+from s5eqx.nn.hyena import hyena as hyena
 from s5eqx.nn.hyena import hyena_s5 as hyena_s5
+from s5eqx.nn.implicit_filter import ImplicitFilter as ImplicitFilter
 from s5eqx.nn.linear import linear as linear
 from s5eqx.nn.mlp import MLP as MLP
 from s5eqx.nn.norm import layer_norm as layer_norm

@@ -16,8 +16,8 @@ def check_mixer(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -
         )
     quiet = eqx.nn.inference_mode(mixer)  # asks for no key
     try:
-        step = lambda x_t: quiet.step(quiet.init_state(), x_t)[1]
-        y_t = jax.eval_shape(step, jax.ShapeDtypeStruct((width,), dtype))
+        step = lambda mixer, x_t: mixer.step(mixer.init_state(), x_t)[1]
+        y_t = eqx.filter_eval_shape(step, quiet, jax.ShapeDtypeStruct((width,), dtype))
     except Exception as error:
         raise ValueError(
             f"{name} must map width {width} to width {width}; {type(mixer).__name__} refuses such an input, as "

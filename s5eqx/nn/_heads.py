@@ -1,11 +1,13 @@
 """Keys and values in heads: their outer products run through one long operator a head, and queries read them out.
 
-Source: Fu et al., "Hungry Hungry Hippos" (arXiv 2212.14052), section 3; Massaroli et al., "Laughing Hyena" (arXiv
-2310.18780) for Hyena. With `h` a head and `i, j` the channels of a head,
+With `h` a head and `i, j` the channels of a head,
 
     kv[h, i, j] = k[h, i] v[h, j],   y[h, j] = sum_i q[h, i] operator(kv)[h, i, j].
 
 With one channel a head that is `q * operator(k * v)`.
+
+Source: Fu et al., "Hungry Hungry Hippos" (arXiv 2212.14052), section 3; Massaroli et al., "Laughing Hyena" (arXiv
+2310.18780), for Hyena.
 """
 
 import jax
@@ -16,31 +18,53 @@ from s5eqx.nn._composed import Run
 from s5eqx.nn._mixer import AbstractCausalMixer
 
 
-def init_heads(operator: AbstractCausalMixer, head_dim: int) -> PyTree[Array]:
-    """The empty state of an operator on heads of `head_dim` channels: a state for each pair of them."""
+def init_pairs(operator: AbstractCausalMixer, head_dim: int) -> PyTree[Array]:
+    """The empty state of an operator on heads of `head_dim` channels: one for each pair of channels."""
     if head_dim == 1:
         return operator.init_state()
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (head_dim**2, *a.shape)), operator.init_state())
 
 
-def run_heads(
+def outer(k: Float[Array, "*L D"], v: Float[Array, "*L D"], head_dim: int) -> Float[Array, "..."]:
+    """`kv` of shape (*L, H, head_dim^2), or (*L, D) with one channel a head."""
+    if head_dim == 1:
+        return k * v
+    k, v = _in_heads(k, head_dim), _in_heads(v, head_dim)
+    return (k[..., :, None] * v[..., None, :]).reshape(*k.shape[:-1], head_dim**2)
+
+
+def run_pairs(
     run: Run,
     operator: AbstractCausalMixer,
     state: PyTree[Array],
-    q: Float[Array, "*L D"],
-    k: Float[Array, "*L D"],
-    v: Float[Array, "*L D"],
+    kv: Float[Array, "..."],
     head_dim: int,
     key: PRNGKeyArray | None,
-) -> tuple[PyTree[Array], Float[Array, "*L D"]]:
-    """State and `y`, as above. `operator` has a channel for each head; `D` is a multiple of `head_dim`."""
+) -> tuple[PyTree[Array], Float[Array, "..."]]:
+    """The operator, which has a channel for each head, on every pair of channels."""
     if head_dim == 1:
-        state, kv = run(operator, state, k * v, key)
-        return state, q * kv
-    heads = (*q.shape[:-1], q.shape[-1] // head_dim, head_dim)
-    q, k, v = (a.reshape(heads) for a in (q, k, v))
-    kv = (k[..., :, None] * v[..., None, :]).reshape(*heads[:-1], head_dim**2)
+        return run(operator, state, kv, key)
     each = jax.vmap(lambda state, kv: run(operator, state, kv, key), in_axes=(0, -1), out_axes=(0, -1))
-    state, kv = each(state, kv)
-    y = jnp.sum(q[..., :, None] * kv.reshape(*heads, head_dim), axis=-2)
-    return state, y.reshape(*heads[:-2], -1)
+    return each(state, kv)
+
+
+def contract(q: Float[Array, "*L D"], kv: Float[Array, "..."], head_dim: int) -> Float[Array, "*L D"]:
+    """`y`."""
+    if head_dim == 1:
+        return q * kv
+    q = _in_heads(q, head_dim)
+    y = jnp.sum(q[..., :, None] * kv.reshape(*q.shape, head_dim), axis=-2)
+    return y.reshape(*y.shape[:-2], y.shape[-2] * head_dim)
+
+
+def _in_heads(a, head_dim):
+    return a.reshape(*a.shape[:-1], a.shape[-1] // head_dim, head_dim)
+
+
+def init_heads(operator, head_dim):
+    return init_pairs(operator, head_dim)
+
+
+def run_heads(run, operator, state, q, k, v, head_dim, key):
+    state, kv = run_pairs(run, operator, state, outer(k, v, head_dim), head_dim, key)
+    return state, contract(q, kv, head_dim)

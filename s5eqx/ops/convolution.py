@@ -1,6 +1,7 @@
 """The long causal convolution, by FFT."""
 
 import jax.numpy as jnp
+import numpy as np
 import scipy.fft
 
 from s5eqx._typing import Array, Float, checked
@@ -14,7 +15,7 @@ def causal_convolution(u: Float[Array, "*batch L D"], k: Float[Array, "K D"]) ->
     to the largest entry of the channel, and may come from later steps: what an FFT computes is causal up to rounding.
     """
     u, k = jnp.asarray(u), jnp.asarray(k)
-    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    dtype = np.promote_types(k.dtype, np.float32)
     length = u.shape[-2]
     k = k[:length]
     size = scipy.fft.next_fast_len(max(length + len(k) - 1, 1), real=True)

@@ -1,6 +1,7 @@
-"""Associative recall with Hyena-S5: shown key-value pairs, give the value of one key.
+"""Associative recall: shown key-value pairs, give the value of one key. By default with Hyena-S5.
 
     python experiments/assoc_recall.py                          # preset 20-10: a minute on a laptop CPU
+    python experiments/assoc_recall.py --mixer h3               # another mixer in the same model
     python experiments/assoc_recall.py 20-10-published          # the S5 branch's recipe for the same task
     python experiments/assoc_recall.py 131k-30 --run runs/long  # 131,072 tokens, vocabulary 30, on a GPU
     python experiments/assoc_recall.py 20-10 --help             # every setting, with that preset's values
@@ -21,14 +22,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
 import tyro
 
+from s5eqx import nn
 from s5eqx.data import AssocRecall
 from s5eqx.models import DefaultInit, LanguageModel, S5Init
-from s5eqx.nn import ComplexNormal, HalfGLU2, TruncatedNormal, hyena_s5
 from s5eqx.train import (
     DefaultGroups,
     PublishedCosine,
@@ -43,6 +45,8 @@ from s5eqx.train import (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    mixer: Literal["hyena-s5", "hyena", "h3", "s4d", "long-conv", "attention", "lru", "rg-lru"] = "hyena-s5"
+    """The sequence mixer of every block."""
     vocab_size: int = 10
     """Tokens: keys, values, `.` and `=>`."""
     length: int = 20
@@ -58,15 +62,15 @@ class Settings:
     mlp_width: int = 256
     """Hidden channels of each MLP."""
     order: int = 2
-    """Gates of a Hyena layer; it has one S5 less."""
+    """Gates of a Hyena layer; it has one long operator less."""
     state_size: int = 32
-    """Real states of each S5; half as many complex ones."""
+    """Real states: of each S5 and LRU, half as many complex ones; of each channel of S4D and H3."""
     num_blocks: int = 16
-    """HiPPO blocks the states start from."""
+    """HiPPO blocks that the states of an S5 start from."""
     dt_min: float = 1e-4
-    """Least initial time step, in units of the input interval."""
+    """Least initial time step of a state-space model, in units of the input interval."""
     dt_max: float = 0.1
-    """Largest initial time step, in units of the input interval."""
+    """Largest initial time step of a state-space model, in units of the input interval."""
     batch_size: int = 16
     """Sequences a step."""
     lr: float = 2e-3
@@ -115,24 +119,46 @@ class Place:
     """Delete the run in that folder first."""
 
 
-def build(s: Settings):
-    def mixer(key):
-        return hyena_s5(
-            s.width,
-            s.state_size,
-            order=s.order,
-            num_blocks=s.num_blocks,
-            dt_min=s.dt_min,
-            dt_max=s.dt_max,
-            C_init=ComplexNormal() if s.published else TruncatedNormal(),
-            activation=HalfGLU2,
-            key=key,
-        )
+def hyena_s5(s: Settings, key):
+    return nn.hyena_s5(
+        s.width,
+        s.state_size,
+        order=s.order,
+        num_blocks=s.num_blocks,
+        dt_min=s.dt_min,
+        dt_max=s.dt_max,
+        C_init=nn.ComplexNormal() if s.published else nn.TruncatedNormal(),
+        activation=nn.HalfGLU2,
+        key=key,
+    )
 
+
+def max_length(s: Settings):
+    return s.length + 2
+
+
+MIXERS = {
+    "hyena-s5": hyena_s5,
+    "hyena": lambda s, key: nn.hyena(s.width, max_length(s), order=s.order, key=key),
+    "h3": lambda s, key: nn.h3(s.width, s.state_size, dt_min=s.dt_min, dt_max=s.dt_max, key=key),
+    "s4d": lambda s, key: nn.S4D(s.width, s.state_size, dt_min=s.dt_min, dt_max=s.dt_max, key=key),
+    "long-conv": lambda s, key: nn.LongConv(s.width, max_length(s), init=nn.GeometricDecay(), key=key),
+    "attention": lambda s, key: nn.Attention(s.width, max_length=max_length(s), rotary=nn.Rotary(s.width), key=key),
+    "lru": lambda s, key: nn.LRU(s.width, s.state_size // 2, activation=nn.HalfGLU2(s.width, key=key), key=key),
+    "rg-lru": lambda s, key: nn.RGLRU(s.width, key=key),
+}
+
+
+def build(s: Settings):
     def model(key):
-        init = S5Init() if s.published else DefaultInit()
         return LanguageModel(
-            s.vocab_size, s.width, mixer, num_layers=s.num_layers, mlp_width=s.mlp_width, init=init, key=key
+            s.vocab_size,
+            s.width,
+            lambda key: MIXERS[s.mixer](s, key),
+            num_layers=s.num_layers,
+            mlp_width=s.mlp_width,
+            init=S5Init() if s.published else DefaultInit(),
+            key=key,
         )
 
     return model
@@ -187,7 +213,7 @@ def main(preset: str, s: Settings, place: Place):
     run = open_run(
         {"preset": preset, **dataclasses.asdict(s)},
         folder=place.run,
-        stem=f"assoc_recall-{preset}",
+        stem=f"assoc_recall-{preset}-{s.mixer}",
         resume=place.resume,
         overwrite=place.overwrite,
     )

@@ -15,7 +15,7 @@ from s5_fixture import FOLDER
 
 from s5eqx import nn
 from s5eqx.interop import to_s5
-from s5eqx.models import Backbone, LanguageModel, S5Init
+from s5eqx.models import Backbone, DefaultInit, GPT2Init, LanguageModel, S5Init
 
 V, D, L = 11, 6, 10
 
@@ -71,6 +71,16 @@ def test_a_token_outside_the_vocabulary_is_seen(key):
         assert jnp.all(jnp.isnan(model(tokens().at[3].set(bad))[3]))
 
 
+def test_a_token_outside_the_vocabulary_is_an_error_on_request(key, monkeypatch):
+    monkeypatch.setenv("S5EQX_DEBUG", "1")
+    model = language_model(key, num_layers=1)
+    forward = quick_jit(model.embed)
+    assert jnp.all(jnp.isfinite(forward(tokens().at[3].set(V - 1))))
+    for bad in (-1, V):
+        with pytest.raises(Exception, match=re.escape(f"Every token must lie in [0, vocab_size={V})")):
+            jax.block_until_ready(forward(tokens().at[3].set(bad)))
+
+
 def test_mixers_are_built_once_a_layer(key):
     keys = []
     model = language_model(key, lambda key: keys.append(key) or conv(key), num_layers=3)
@@ -103,6 +113,40 @@ def test_default_init(key):
     for layer in (block.mixer.in_proj, block.mixer.out_proj, block.mlp.fc1, block.mlp.fc2):
         np.testing.assert_array_equal(layer.bias, 0)
     assert 0.3 < jnp.std(block.mixer.short_conv.weight) < 0.8
+
+
+class Branch(eqx.Module):
+    """The names that dense layers have where they end a branch, or seem to."""
+
+    output_linear: eqx.nn.Linear | nn.GLU
+    filter_layers: tuple[eqx.nn.Linear, ...]
+
+    def __init__(self, gate, *, key):
+        self.output_linear = nn.GLU(64, 64, key=key) if gate else eqx.nn.Linear(64, 64, key=key)
+        self.filter_layers = (eqx.nn.Linear(64, 64, use_bias=False, key=key),)
+
+
+def test_gpt2_init(key):
+    """One deviation everywhere, less at the ends of branches; an `output_linear` without a gate is none here."""
+    mixer = lambda key: nn.hyena(64, 4, filter_width=64, key=key)
+    init = GPT2Init(std=0.05)
+    build = lambda key: LanguageModel(50, 64, mixer, num_layers=2, mlp_width=128, max_length=30, init=init, key=key)
+    model, gated, plain = quick_jit(
+        lambda key: (build(key), *(init.block(key, Branch(gate, key=key), 4) for gate in (True, False)))
+    )(key)
+    block = model.backbone.blocks[1]
+    filters = [*block.mixer.bank.layers, gated.filter_layers[0]]
+    for layer, std in (
+        *((layer, 0.05) for layer in (block.mixer.in_proj, block.mlp.fc1, plain.output_linear, *filters)),
+        *((layer, 0.025) for layer in (block.mixer.out_proj, block.mlp.fc2, gated.output_linear.linear)),
+    ):
+        np.testing.assert_allclose(jnp.std(layer.weight), std, rtol=0.15)
+        assert layer.bias is None or not jnp.any(layer.bias)
+    assert block.mixer.bank.layers[-1].bias is None
+    for table in (model.embedding, model.positions):
+        np.testing.assert_allclose(jnp.std(table), 0.05, rtol=0.1)
+    default = quick_jit(lambda key: DefaultInit().block(key, Branch(False, key=key), 4))(key)
+    np.testing.assert_allclose(jnp.std(default.output_linear.weight), 1 / 8 / 2, rtol=0.1)
 
 
 @pytest.mark.parametrize("tag", ["s5", "s5_trunc", "s5_cplx"])

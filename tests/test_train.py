@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from s5eqx.data import Batch
-from s5eqx.nn import S5, BidirectionalS5, cast
+from s5eqx.models import LanguageModel
+from s5eqx.nn import S5, BidirectionalS5, Buffer, ImplicitFilter, ShortConv, cast
 from s5eqx.train import (
     DefaultGroups,
     PublishedCosine,
@@ -105,6 +106,50 @@ def test_labels_reach_into_a_bidirectional_layer(key):
         ".forward.Lambda_im",
     }
     assert set(default.values()) == {"recurrence"}
+
+
+def test_published_labels_of_implicit_filters(key):
+    """Their network and its frequency; not the skips of the convolutions, nor what is no parameter."""
+    bank = ImplicitFilter(2, 4, filter_width=3, train_positions=True, key=key)
+    labels = by_path(PUBLISHED.labels(bank))
+    assert {path.split("[")[0] for path, label in labels.items() if label == "ssm"} == {".layers", ".freq"}
+    assert {labels[".bias"], labels[".z"]} == {"rest"}
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, PUBLISHED])
+def test_labels_of_stacked_layers_are_those_of_the_layers(policy, key):
+    """A stack of biases is no matrix."""
+    build = lambda stack: eqx.filter_eval_shape(
+        lambda key: LanguageModel(5, 4, lambda key: S5(4, 4, key=key), num_layers=3, mlp_width=4, stack=stack, key=key),
+        key,
+    )
+    stacked, plain = (policy.labels(build(stack)).backbone.blocks for stack in (True, False))
+    assert by_path(stacked.layer) == by_path(plain[0])
+
+
+class Frozen(eqx.Module):
+    weight: jax.Array
+    buffer: Buffer
+
+    def __call__(self, x):
+        return jnp.sum((self.weight + self.buffer()) * x)
+
+
+@pytest.mark.parametrize("policy", [DEFAULT, PUBLISHED])
+def test_buffers_never_move(policy):
+    """Whatever their gradient, without decay, and without moments; nor does `cast` touch them."""
+    model = Frozen(jnp.ones(3), Buffer(jnp.full(3, 2.0)))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    optimiser = policy.optimiser(model)
+    updates = first_update(optimiser, params)
+    np.testing.assert_array_equal(updates.buffer.array, 0)
+    assert jnp.all(updates.weight != 0)
+    moments = [leaf for leaf in jax.tree.leaves(optimiser.init(params)) if leaf.shape == (3,)]
+    assert len(moments) == 2
+    gradient = eqx.filter_grad(lambda model: model(jnp.ones(3)))(model)
+    assert float(optax.tree.norm(gradient)) == pytest.approx(np.sqrt(3))
+    narrow = cast(model, jnp.dtype("bfloat16"))
+    assert (narrow.weight.dtype, narrow.buffer.array.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -298,3 +343,11 @@ def test_spectral_radius_is_the_largest_of_all_layers(model, key):
     assert spectral_radius(tiny.bigram(key)) is None
     layer = eqx.tree_at(lambda s5: s5.Lambda_re, S5(4, 8, clip_eigs=False, key=key), jnp.full(4, 0.5))
     assert float(spectral_radius(layer)) > 1.0
+
+
+def test_spectral_radius_reaches_into_a_stack(key):
+    build = lambda mixer: lambda key: LanguageModel(5, 4, mixer, num_layers=3, mlp_width=4, stack=True, key=key)
+    model = eqx.filter_jit(build(lambda key: S5(4, 4, key=key)))(key)
+    largest = max(np.abs(block.mixer.discretised()[0]).max() for block in model.backbone.blocks)
+    assert float(spectral_radius(model)) == pytest.approx(largest)
+    assert spectral_radius(eqx.filter_jit(build(lambda key: ShortConv(4, 2, key=key)))(key)) is None

@@ -1,12 +1,12 @@
 """Initial weights that depend on the whole model, above all on its depth.
 
-An initialiser redraws the embeddings and the dense layers. What a layer knows by itself (eigenvalues, time
-steps, `B`, `C`, `D`, the taps of short convolutions, the norms) stays as the layer drew it.
+An initialiser draws the embeddings and redraws the dense layers. What a layer knows by itself (eigenvalues, time
+steps, `B`, `C`, `D`, the taps of convolutions, the norms) stays as the layer drew it.
 """
 
 import abc
 import math
-from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -14,72 +14,108 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from s5eqx._typing import Array, PRNGKeyArray, PyTree
+from s5eqx._typing import Array, Float, PRNGKeyArray, PyTree
 from s5eqx.nn._random import truncated_normal
-
-Draw = Callable[[PRNGKeyArray, Array], Array]
-"""New values for the array given, in its shape and dtype."""
 
 
 class AbstractInit(eqx.Module):
-    """Redraws the weights of a model that has `embedding`, `positions` and `backbone.blocks`."""
+    """Draws weights of whole models. Dense layers whose path ends in one of `branch_ends` end a residual branch."""
+
+    branch_ends: eqx.AbstractClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
-    def __call__(self, model: PyTree, *, key: PRNGKeyArray) -> PyTree:
-        """The same model with new weights."""
+    def table(self, key: PRNGKeyArray, table: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+        """New values for embeddings, or for learned positions."""
+
+    @abc.abstractmethod
+    def dense(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"]) -> Float[Array, "D_out D"]:
+        """New values for the weight of a dense layer."""
+
+    @abc.abstractmethod
+    def branch_end(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"], branches: int) -> Float[Array, "D_out D"]:
+        """New values for the weight of a dense layer that ends one of so many residual branches."""
+
+    def block(self, key: PRNGKeyArray, block: PyTree, branches: int) -> PyTree:
+        """One part of a model with `branches` residual branches: its dense layers redrawn, with zero biases."""
+        is_dense = lambda node: isinstance(node, eqx.nn.Linear)
+        parts, structure = jtu.tree_flatten_with_path(block, is_leaf=is_dense)
+        new = []
+        for (path, part), part_key in zip(parts, jr.split(key, len(parts)), strict=True):
+            if is_dense(part):
+                ends_branch = jtu.keystr(path).endswith(self.branch_ends)
+                weight = (
+                    self.branch_end(part_key, part.weight, branches)
+                    if ends_branch
+                    else self.dense(part_key, part.weight)
+                )
+                bias = jax.tree.map(jnp.zeros_like, part.bias)
+                part = eqx.tree_at(
+                    lambda p: (p.weight, p.bias), part, (weight, bias), is_leaf=lambda leaf: leaf is None
+                )
+            new.append(part)
+        return jtu.tree_unflatten(structure, new)
 
 
 class DefaultInit(AbstractInit):
     """Embeddings `N(0, 1 / D)`; dense layers truncated normals of variance `1 / fan_in` with zero biases, and of
-    `1 / (2 num_layers fan_in)` where they end a residual branch (`out_proj`, `fc2`).
+    `1 / (branches fan_in)` where they end one of the model's residual branches (two a layer in a `LanguageModel`).
 
     The scale follows the width, so that small and large models start alike, and the residual stream keeps its
     size however many branches add to it.
     """
 
-    def __call__(self, model: PyTree, *, key: PRNGKeyArray) -> PyTree:
-        branches = 2 * len(model.backbone.blocks)
-        return _redraw(model, key, branch_end=lambda key, weight: _fan_in(key, weight) / math.sqrt(branches))
+    branch_ends: ClassVar[tuple[str, ...]] = (".out_proj", ".fc2", ".output_linear", ".output_linear.linear")
+
+    def table(self, key: PRNGKeyArray, table: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+        return _normal(key, table, 1 / math.sqrt(table.shape[1]))
+
+    def dense(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"]) -> Float[Array, "D_out D"]:
+        return truncated_normal(key, weight.shape, 1 / weight.shape[1], weight.dtype)
+
+    def branch_end(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"], branches: int) -> Float[Array, "D_out D"]:
+        return self.dense(key, weight) / math.sqrt(branches)
 
 
 class S5Init(AbstractInit):
-    """As `DefaultInit`, but the dense layer that ends a residual branch is `N(0, 0.02^2 / (2 num_layers))`.
+    """As `DefaultInit`, but the dense layer that ends a residual branch is `N(0, 0.02^2 / branches)`.
 
     Source: the `development` branch of the S5 code.
     """
 
-    def __call__(self, model: PyTree, *, key: PRNGKeyArray) -> PyTree:
-        return _redraw(model, key, branch_end=_normal(0.02 / math.sqrt(2 * len(model.backbone.blocks))))
+    branch_ends: ClassVar[tuple[str, ...]] = (".out_proj", ".fc2")
+
+    def table(self, key: PRNGKeyArray, table: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+        return DefaultInit().table(key, table)
+
+    def dense(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"]) -> Float[Array, "D_out D"]:
+        return DefaultInit().dense(key, weight)
+
+    def branch_end(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"], branches: int) -> Float[Array, "D_out D"]:
+        return _normal(key, weight, 0.02 / math.sqrt(branches))
 
 
-def _normal(std: float) -> Draw:
-    return lambda key, weight: std * jr.normal(key, weight.shape, weight.dtype)
+class GPT2Init(AbstractInit):
+    """Embeddings and dense layers `N(0, std^2)` with zero biases, filter networks included; `N(0, std^2 / branches)`
+    where they end a residual branch, as the dense layer inside a `GLU` does.
+
+    Source: GPT-2, as in the language models of Hyena and H3 (arXiv 2302.10866, 2212.14052). As there, an
+    `output_linear` without a gate, that of H3 and S4D, is not scaled by the depth.
+    """
+
+    branch_ends: ClassVar[tuple[str, ...]] = (".out_proj", ".fc2", ".output_linear.linear")
+
+    std: float = 0.02
+    """Standard deviation; the largest published H3 model has `sqrt(2 / (5 D))`."""
+
+    def table(self, key: PRNGKeyArray, table: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+        return _normal(key, table, self.std)
+
+    def dense(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"]) -> Float[Array, "D_out D"]:
+        return _normal(key, weight, self.std)
+
+    def branch_end(self, key: PRNGKeyArray, weight: Float[Array, "D_out D"], branches: int) -> Float[Array, "D_out D"]:
+        return _normal(key, weight, self.std / math.sqrt(branches))
 
 
-def _fan_in(key: PRNGKeyArray, weight: Array) -> Array:
-    return truncated_normal(key, weight.shape, 1 / weight.shape[1], weight.dtype)
-
-
-def _redraw(model: PyTree, key: PRNGKeyArray, *, branch_end: Draw) -> PyTree:
-    is_dense = lambda node: isinstance(node, eqx.nn.Linear)
-    parts, structure = jtu.tree_flatten_with_path(model.backbone, is_leaf=is_dense)
-    embedding_key, positions_key, *keys = jr.split(key, 2 + len(parts))
-    embedding = _normal(1 / math.sqrt(model.embedding.shape[1]))
-    new = []
-    for (path, part), part_key in zip(parts, keys, strict=True):
-        if is_dense(part):
-            ends_branch = jtu.keystr(path).endswith((".out_proj", ".fc2"))
-            weight = (branch_end if ends_branch else _fan_in)(part_key, part.weight)
-            bias = jax.tree.map(jnp.zeros_like, part.bias)
-            part = eqx.tree_at(lambda p: (p.weight, p.bias), part, (weight, bias), is_leaf=lambda leaf: leaf is None)
-        new.append(part)
-    return eqx.tree_at(
-        lambda m: (m.embedding, m.positions, m.backbone),
-        model,
-        (
-            embedding(embedding_key, model.embedding),
-            None if model.positions is None else embedding(positions_key, model.positions),
-            jtu.tree_unflatten(structure, new),
-        ),
-        is_leaf=lambda leaf: leaf is None,
-    )
+def _normal(key, like, std):
+    return std * jr.normal(key, like.shape, like.dtype)

@@ -1,7 +1,7 @@
 """A language model: tied embedding, blocks, logits."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,14 +10,16 @@ import numpy as np
 from jax import lax
 
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
+from s5eqx.models._parts import count_layers, rows, token_rows
 from s5eqx.models.backbone import Backbone
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.nn._check import check_rate
 from s5eqx.nn._composed import in_chunks, in_parallel, in_steps
-from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
+from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._random import split
 from s5eqx.nn.block import Block
 from s5eqx.nn.mlp import MLP
+from s5eqx.nn.stack import Stack
 
 
 class LanguageModel(AbstractCausalMixer):
@@ -26,7 +28,8 @@ class LanguageModel(AbstractCausalMixer):
         logits = unembed(backbone(embed(tokens))),   unembed(h) = h E^T
 
     with `embed(tokens) = E[tokens]`, plus learned positions where `max_length` is given. `E` is tied: one
-    array used twice. A token outside the vocabulary gives NaN.
+    array used twice. A token outside the vocabulary gives NaN; with the environment variable `S5EQX_DEBUG=1`, read when
+    a call is traced, it is an error.
 
     The state is the position of the next token (None without learned positions) and the backbone's state.
     A reset starts a new sequence, at position 0.
@@ -56,6 +59,8 @@ class LanguageModel(AbstractCausalMixer):
         embed_dropout: float = 0.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        stack: bool = False,
+        remat: bool = False,
         init: AbstractInit = DefaultInit(),
         key: PRNGKeyArray,
     ):
@@ -69,26 +74,31 @@ class LanguageModel(AbstractCausalMixer):
         - `max_length`: longest sequence, in tokens, for learned positions; None goes without them.
         - `embed_dropout`, `dropout`: the probability to drop an entry of the embedding, of a branch.
         - `drop_path`: the probability to drop a branch.
-        - `init`: redraws the weights once the model is built: `DefaultInit()` or `S5Init()`.
+        - `stack`: hold equal blocks as one `Stack`, whose time to compile does not grow with the depth.
+        - `remat`: compute the inside of a block again in the backward pass instead of keeping it.
+        - `init`: draws the embeddings and redraws the dense layers: `DefaultInit()`, `S5Init()` or `GPT2Init()`.
         """
         if vocab_size < 1 or width < 1:
             raise ValueError(f"vocab_size and width must be positive; got {vocab_size} and {width}.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be positive, or None for no positions; got {max_length}.")
-        mixer_key, mlp_key, init_key = jr.split(key, 3)
-        mixers = _build(mixer, num_layers, mixer_key)
-        mlp_keys = jr.split(mlp_key, len(mixers))
-        blocks = []
-        for layer, layer_key in zip(mixers, mlp_keys, strict=True):
-            mlp = MLP(width, mlp_width, key=layer_key)
-            blocks.append(Block(layer, mlp, dropout=dropout, drop_path=drop_path))
-        # `init` draws the values of the two tables.
-        self.embedding = jnp.zeros((vocab_size, width))
-        self.positions = None if max_length is None else jnp.zeros((max_length, width))
+        num_layers = count_layers(mixer, num_layers)
+        table_key, positions_key, mixer_key, mlp_key, init_key = jr.split(key, 5)
+        if isinstance(mixer, tuple):
+            mixers, build = Stack.of(mixer).layer if stack else mixer, lambda mixer: mixer
+        else:
+            mixers, build = jr.split(mixer_key, num_layers), mixer
+
+        def block(mixer, mlp_key, init_key):
+            block = Block(build(mixer), MLP(width, mlp_width, key=mlp_key), dropout=dropout, drop_path=drop_path)
+            return init.block(init_key, block, branches=2 * num_layers)
+
+        columns: tuple[Any, ...] = mixers, jr.split(mlp_key, num_layers), jr.split(init_key, num_layers)
+        blocks = Stack.build(block, *columns) if stack else tuple(map(block, *columns))
+        self.embedding = init.table(table_key, jnp.zeros((vocab_size, width)))
+        self.positions = None if max_length is None else init.table(positions_key, jnp.zeros((max_length, width)))
         self.embed_dropout = eqx.nn.Dropout(check_rate(embed_dropout, "embed_dropout"))
-        self.backbone = Backbone(width, tuple(blocks))
-        drawn = init(self, key=init_key)
-        self.embedding, self.positions, self.backbone = drawn.embedding, drawn.positions, drawn.backbone
+        self.backbone = Backbone(width, blocks, remat=remat)
 
     @checked
     def embed(
@@ -153,7 +163,7 @@ class LanguageModel(AbstractCausalMixer):
         return None if self.positions is None else jnp.zeros((), jnp.int32)
 
     def _embed(self, position, tokens, reset, key):
-        h = _rows(self.embedding, tokens)
+        h = token_rows(self.embedding, tokens)
         if self.positions is not None:
             max_length = len(self.positions)
             if reset is None and tokens.size > max_length:
@@ -168,32 +178,8 @@ class LanguageModel(AbstractCausalMixer):
                 f"A sequence is longer than the learned positions, max_length={max_length} tokens. Build the "
                 "model with a larger max_length, or reset its state.",
             )
-            h = h + _rows(self.positions, index)
+            h = h + rows(self.positions, index)
         return position, self.embed_dropout(h, key=key)
-
-
-def _build(mixer, num_layers, key):
-    if isinstance(mixer, AbstractMixer):
-        raise ValueError(
-            f"mixer must be a factory `key -> mixer` or a tuple of mixers; got one {type(mixer).__name__}, "
-            "whose weights all layers would share. Write `lambda key: ...`."
-        )
-    if isinstance(mixer, tuple):
-        if not mixer:
-            raise ValueError("A model needs at least one layer; got an empty tuple of mixers.")
-        if num_layers not in (None, len(mixer)):
-            raise ValueError(
-                f"num_layers={num_layers} must be the number of mixers, or left out; got {len(mixer)} mixers."
-            )
-        return mixer
-    if num_layers is None or num_layers < 1:
-        raise ValueError(f"A factory of mixers needs num_layers of at least 1; got {num_layers}.")
-    return tuple(mixer(layer_key) for layer_key in jr.split(key, num_layers))
-
-
-def _rows(table, index):
-    """Rows of a table; NaN where the index is outside."""
-    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _count(position, tokens, reset):

@@ -7,6 +7,8 @@ Source: Smith et al., "S5" (arXiv 2208.04933), appendix; names as in its code. W
     HalfGLU2   y * sigmoid(W2 g + b2)
     FullGLU    (W1 g + b1) * sigmoid(W2 g + b2)
 
+`GLU` is the gate alone, without a GELU, as the S4D layers have it.
+
 Differs from the reference: the weights start as Equinox draws them, until a model's `init` redraws them.
 """
 
@@ -68,6 +70,19 @@ class FullGLU(eqx.Module):
     def __call__(self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*rows D"]:
         g = _gelu(y)
         return linear(self.out1, g) * jax.nn.sigmoid(linear(self.out2, g))
+
+
+class GLU(eqx.Module):
+    """`a * sigmoid(b)` with `[a, b] = W y + c`, from `in_width` to `out_width` channels."""
+
+    linear: eqx.nn.Linear
+
+    def __init__(self, in_width: int, out_width: int, *, key: PRNGKeyArray):
+        self.linear = eqx.nn.Linear(in_width, 2 * out_width, key=key)
+
+    @checked
+    def __call__(self, y: Float[Array, "*rows D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*rows D_out"]:
+        return jax.nn.glu(linear(self.linear, y))
 
 
 def _gelu(y):

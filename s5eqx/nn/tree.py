@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from s5eqx._typing import PyTree
 from s5eqx.nn._mixer import AbstractLayer
+from s5eqx.nn.buffer import Buffer
 
 
 def recurrence_mask(model: PyTree) -> PyTree[bool]:
@@ -25,16 +26,23 @@ def recurrence_mask(model: PyTree) -> PyTree[bool]:
     )
 
 
+def buffer_mask(model: PyTree) -> PyTree[bool]:
+    """True at the leaves that a `Buffer` holds, False at all others."""
+    is_buffer = lambda node: isinstance(node, Buffer)
+    return jax.tree.map(lambda node: jax.tree.map(lambda _: is_buffer(node), node), model, is_leaf=is_buffer)
+
+
 def cast(model: PyTree, dtype: DTypeLike) -> PyTree:
-    """Floating-point leaves in `dtype`, except those of the recurrences, which keep theirs.
+    """Floating-point leaves in `dtype`, except those of the recurrences and of buffers, which keep theirs.
 
     This sets the compute dtype: `cast(model, jnp.bfloat16)` runs the dense maths in bfloat16, and the scans,
     their states, the norms' statistics and the logits in float32.
     """
     return jax.tree.map(
-        lambda leaf, keep: leaf.astype(dtype) if _is_float(leaf) and not keep else leaf,
+        lambda leaf, recurrent, buffer: leaf.astype(dtype) if _is_float(leaf) and not (recurrent or buffer) else leaf,
         model,
         recurrence_mask(model),
+        buffer_mask(model),
     )
 
 

@@ -5,16 +5,16 @@ import jax
 import jax.numpy as jnp
 
 from s5eqx._typing import Array, Float
-from s5eqx.nn import S5
+from s5eqx.nn import S5, Stack
 
 
 def spectral_radius(model: eqx.Module) -> Float[Array, ""] | None:
     """The largest |Lambda_bar| over the model's S5 layers; `None` without any. Above 1 a state grows."""
-
-    def is_s5(node):
-        return isinstance(node, S5)
-
-    layers = [node for node in jax.tree.leaves(model, is_leaf=is_s5) if is_s5(node)]
-    if not layers:
-        return None
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(layer.discretised()[0])) for layer in layers]))
+    is_known = lambda node: isinstance(node, S5 | Stack)
+    known = filter(is_known, jax.tree.leaves(model, is_leaf=is_known))
+    radii = [
+        jnp.abs(node.discretised()[0]) if isinstance(node, S5) else eqx.filter_vmap(spectral_radius)(node.layer)
+        for node in known
+    ]
+    radii = [jnp.max(radius) for radius in radii if radius is not None]
+    return jnp.max(jnp.stack(radii)) if radii else None

@@ -18,9 +18,11 @@ import jax
 import optax
 
 from s5eqx._typing import Array, Float, Int, PyTree
-from s5eqx.nn import S5, recurrence_mask
+from s5eqx.nn import S5, ImplicitFilter, Stack, buffer_mask, recurrence_mask
 from s5eqx.train._leaves import trainable
 from s5eqx.train.schedule import AbstractSchedule
+
+_FROZEN = "buffers"
 
 
 class Group(NamedTuple):
@@ -45,7 +47,10 @@ class AbstractGroups(abc.ABC):
 
     @abc.abstractmethod
     def labels(self, model: eqx.Module) -> PyTree[str]:
-        """The name of its group at each trainable leaf of `model`; other leaves are `None`."""
+        """The name of its group at each trainable leaf of `model`; other leaves are `None`.
+
+        `optimiser` does not ask for the names of buffers: they get a group that never moves.
+        """
 
     def optimiser(self, model: eqx.Module) -> optax.GradientTransformation:
         """AdamW for each group, after clipping the norm of the whole gradient if asked.
@@ -53,19 +58,21 @@ class AbstractGroups(abc.ABC):
         Complex leaves are refused: JAX gives the conjugate of their descent direction and optax does not
         turn it round.
         """
-        labels = self.labels(model)
-        for path, leaf in jax.tree.leaves_with_path(trainable(model)):
+        params = trainable(model)
+        labels = jax.tree.map(lambda frozen, name: _FROZEN if frozen else name, buffer_mask(params), self.labels(model))
+        for path, leaf in jax.tree.leaves_with_path(params):
             if jax.numpy.iscomplexobj(leaf):
                 raise ValueError(
                     f"trainable leaves must be real, but {jax.tree_util.keystr(path)} is {leaf.dtype}: "
                     f"store its real and imaginary parts"
                 )
-        adamw: dict[Hashable, optax.GradientTransformation] = {
+        transforms: dict[Hashable, optax.GradientTransformation] = {
             name: optax.adamw(self.schedule(group.lr), self.b1, self.b2, weight_decay=group.weight_decay)
             for name, group in self.groups.items()
         }
+        transforms[_FROZEN] = optax.set_to_zero()
         # As a function: optax would call the tree of labels itself, since a module is callable.
-        optimiser = optax.partition(adamw, lambda _: labels)
+        optimiser = optax.partition(transforms, lambda _: labels)
         if self.clip_norm is not None:
             optimiser = optax.chain(optax.clip_by_global_norm(self.clip_norm), optimiser)
         return optax.GradientTransformation(optimiser.init, _with_standard_promotion(optimiser.update))
@@ -122,21 +129,30 @@ class DefaultGroups(AbstractGroups):
         }
 
     def labels(self, model: eqx.Module) -> PyTree[str]:
-        def label(recurrent, leaf):
+        def label(recurrent, ndim):
             if recurrent:
                 return "recurrence"
-            return "matrices" if leaf.ndim >= 2 else "vectors"
+            return "matrices" if ndim >= 2 else "vectors"
 
         params = trainable(model)
-        return jax.tree.map(label, recurrence_mask(params), params)
+        return jax.tree.map(label, recurrence_mask(params), _ndims(params))
+
+
+def _ndims(params):
+    """The number of axes of each leaf, without the one of a stack's layers."""
+    is_stack = lambda node: isinstance(node, Stack)
+    return jax.tree.map(
+        lambda node: jax.tree.map(lambda leaf: leaf.ndim - is_stack(node), node), params, is_leaf=is_stack
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedGroups(AbstractGroups):
-    """The groups of the S5 branch: `B` and `Lambda` of the S5 layers, and all the rest.
+    """The groups of the S5 branch: `B` and `Lambda` of the S5 layers or the networks of implicit filters, and all the
+    rest.
 
-    `ssm` holds exactly `B`, `Lambda_re` and `Lambda_im`. All the rest decays: `C`, `D`, `log_Delta`,
-    biases, norms and embeddings too.
+    `ssm` holds exactly `B`, `Lambda_re` and `Lambda_im` of S5, `layers` and `freq` of `ImplicitFilter`. All the rest
+    decays: `C`, `D`, `log_Delta`, biases, norms and embeddings too.
 
     Source: lindermanlab/S5, branch `development`. The arguments are those of `DefaultGroups`.
     """
@@ -158,13 +174,13 @@ class PublishedGroups(AbstractGroups):
         }
 
     def labels(self, model: eqx.Module) -> PyTree[str]:
-        def is_s5(node):
-            return isinstance(node, S5)
+        def is_known(node):
+            return isinstance(node, S5 | ImplicitFilter)
 
         def label(node):
-            if not is_s5(node):
+            if not is_known(node):
                 return "rest"
-            ssm = ("B", "Lambda_re", "Lambda_im")
+            ssm = ("B", "Lambda_re", "Lambda_im") if isinstance(node, S5) else ("layers", "freq")
             return jax.tree_util.tree_map_with_path(lambda path, _: "ssm" if path[0].name in ssm else "rest", node)
 
-        return jax.tree.map(label, trainable(model), is_leaf=is_s5)
+        return jax.tree.map(label, trainable(model), is_leaf=is_known)

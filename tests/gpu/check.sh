@@ -86,6 +86,7 @@ build)
 tests)
   py "what is tested" -c "$says_what_it_is" "$installed"
   S5EQX_REQUIRE_GPU=1 XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 py "pytest -m gpu" -m pytest -q -m gpu --durations=10 \
+    -o "addopts=--strict-markers --import-mode=importlib --jaxtyping-packages=s5eqx,beartype.beartype" \
     -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$root/tests/gpu" || true
   XLA_PYTHON_CLIENT_PREALLOCATE=false py "same bits" "$root/tests/gpu/same_bits.py" || true
   ;;

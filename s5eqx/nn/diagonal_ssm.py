@@ -1,0 +1,263 @@
+"""A diagonal state-space model for each channel: the recurrence of S4D, and the long one of H3."""
+
+import math
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+
+from s5eqx import ops
+from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
+from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
+from s5eqx.nn.s4d_init import AbstractAInit, AbstractBInit, AbstractRealPart, ExpReal, LinInit, OnesBInit
+from s5eqx.nn.s5 import as_complex
+
+_CHUNK = 64  # steps whose states are held at once where flags ask for a scan
+
+
+class DiagonalSSM(AbstractCausalMixer):
+    """A complex state of size `P` for each channel `h`, with one input and `c` outputs:
+
+        s[t] = dA s[t-1] + dB u[t]
+        y[t] = 2 Re(C s[t]) + D u[t]
+
+    `dA, dB` come from the continuous system `A, B` and the time step `Delta = exp(log_Delta)` of the channel. Channel
+    `h` uses row `h mod S` of `A = -real_part(A_real) + i A_imag` and of `B`. Where `B` is None it is part of `C`: then
+    `dB = 1`, and the gain of the discretisation multiplies `C`. The outputs are flattened in the order (c, D).
+
+    A whole sequence is convolved with `kernel(L)` by FFT, in O(D P sqrt(L)) memory for the states. With `reset` it is
+    scanned, chunk after chunk.
+
+    Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv 2206.11893);
+    Fu et al., "Hungry Hungry Hippos" (arXiv 2212.14052).
+
+    Differs from the reference:
+      - `bandlimit` acts on every form; in the reference a step does not know it;
+      - powers of `dA` come from the recurrence, not from `exp(l log dA)`, whose phase float32 loses over a long
+        sequence.
+    """
+
+    recurrence: ClassVar[tuple[str, ...]] = ("A_real", "A_imag", "log_Delta", "B", "C", "D")
+    resets: ClassVar[bool] = True
+
+    A_real: Float[Array, "S P"]
+    A_imag: Float[Array, "S P"]
+    log_Delta: Float[Array, " D"]
+    B: Float[Array, "S P 2"] | None
+    C: Float[Array, "c D P 2"]
+    D: Float[Array, "c D"]
+    discretisation: AbstractDiscretisation
+    real_part: AbstractRealPart
+    bandlimit: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        width: int,
+        state_size: int,
+        *,
+        num_ssm: int | None = None,
+        channels: int = 1,
+        A_init: AbstractAInit = LinInit(),
+        B_init: AbstractBInit = OnesBInit(),
+        train_B: bool = False,
+        discretisation: AbstractDiscretisation = ZOH(),
+        real_part: AbstractRealPart = ExpReal(),
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        bandlimit: float | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `width`: channels in, `D`.
+        - `state_size`: real states a channel, even; `P` is half of it.
+        - `num_ssm`: `S`, the systems that the channels share in turn; divides `width`. By default each has its own.
+        - `channels`: `c`, the outputs of each channel.
+        - `A_init`, `B_init`: draw the eigenvalues and the input vectors.
+        - `train_B`: keep `B` as a parameter. Otherwise it is multiplied into `C` once, here.
+        - `discretisation`: `ZOH()` or `Bilinear()`.
+        - `real_part`: `ExpReal()` or `SoftplusReal()`, how `-Re A` is stored.
+        - `dt_min`, `dt_max`: `Delta` starts log-uniform between them, in units of the input interval.
+        - `bandlimit`: drop states of a frequency of `bandlimit / 2` cycles a step or more; 1 is the Nyquist limit.
+        """
+        num_ssm = width if num_ssm is None else num_ssm
+        if width < 1 or channels < 1 or num_ssm < 1 or width % num_ssm:
+            raise ValueError(
+                "width and channels must be positive, and num_ssm a divisor of width; got "
+                f"width={width}, channels={channels}, num_ssm={num_ssm}."
+            )
+        if state_size < 2 or state_size % 2:
+            raise ValueError(
+                f"state_size counts real states, two a complex one, and must be even and positive; got {state_size}."
+            )
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(
+                f"The bounds of the time step must satisfy 0 < dt_min <= dt_max; got dt_min={dt_min}, dt_max={dt_max}."
+            )
+        if bandlimit is not None and not bandlimit > 0:
+            raise ValueError(f"bandlimit must be positive, or None for no limit; got {bandlimit}.")
+        dtype = jnp.result_type(float)
+        A_key, B_key, C_key, D_key, Delta_key = jr.split(key, 5)
+        decay, self.A_imag = A_init(num_ssm, state_size, dtype=dtype, key=A_key)
+        decay = jnp.maximum(decay, 1e-4)
+        self.A_real = real_part.inverse(decay)
+        self.log_Delta = jr.uniform(Delta_key, (width,), dtype, math.log(dt_min), math.log(dt_max))
+        B = B_init(lax.complex(-decay, self.A_imag), key=B_key)
+        C = math.sqrt(0.5) * jr.normal(C_key, (channels, width, state_size // 2, 2), dtype)
+        self.B = B if train_B else None
+        self.C = C if train_B else _pairs(as_complex(C) * _rows(as_complex(B), width)[None])
+        self.D = jr.normal(D_key, (channels, width), dtype)
+        self.discretisation = discretisation
+        self.real_part = real_part
+        self.bandlimit = bandlimit
+
+    @checked
+    def discretised(self) -> tuple[Complex[Array, "D P"], Complex[Array, "D P"], Complex[Array, "c D P"]]:
+        """`dA`, `dB` and the `C` that reads `s`, with what a `bandlimit` drops at zero."""
+        width = len(self.log_Delta)
+        A = _rows(lax.complex(-self.real_part(self.A_real), self.A_imag), width)
+        Delta = jnp.broadcast_to(jnp.exp(self.log_Delta)[:, None], A.shape)
+        dA, gain = (z.reshape(A.shape) for z in self.discretisation(A.reshape(-1), Delta.reshape(-1)))
+        C = as_complex(self.C)
+        if self.B is None:
+            dB, C = jnp.ones_like(gain), gain[None] * C
+        else:
+            dB = gain * _rows(as_complex(self.B), width)
+        if self.bandlimit is not None:
+            slow = Delta * jnp.abs(A.imag) / (2 * math.pi) < self.bandlimit / 2
+            C = jnp.where(slow[None], C, jnp.zeros_like(C))
+        return dA, dB, C
+
+    @checked
+    def kernel(self, length: int) -> Float[Array, "c length D"]:
+        """`2 Re sum_n C_n dB_n dA_n^l` for `l < length`: the response to an impulse, without `D`."""
+        dA, dB, C = self.discretised()
+        return _response(C * dB[None], _powers_in_blocks(dA, length), length)
+
+    @checked
+    def __call__(
+        self,
+        x: Float[Array, "L D"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "L out"]:
+        if reset is not None:
+            return self.prefill(self.init_state(), x, reset=reset)[1]
+        return self._convolve(x, self.kernel(len(x))).astype(x.dtype)
+
+    def init_state(self) -> Complex[Array, "D P"]:
+        shape = self.C.shape[1:3]
+        return lax.complex(jnp.zeros(shape, self.C.dtype), jnp.zeros(shape, self.C.dtype))
+
+    @checked
+    def prefill(
+        self,
+        state: Complex[Array, "D P"],
+        x: Float[Array, "L D"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Complex[Array, "D P"], Float[Array, "L out"]]:
+        if reset is not None:
+            return self._scan(state, x, reset)
+        dA, dB, C = self.discretised()
+        powers = _powers_in_blocks(dA, len(x))
+        y = self._convolve(x, _response(C * dB[None], powers, len(x)))
+        y = y + _flat(_response(C * (dA * state)[None], powers, len(x)))
+        return _last_state(state, x.astype(self.D.dtype), dA, dB, powers), y.astype(x.dtype)
+
+    @checked
+    def step(
+        self,
+        state: Complex[Array, "D P"],
+        x_t: Float[Array, " D"],
+        *,
+        reset: Bool[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Complex[Array, "D P"], Float[Array, " out"]]:
+        dA, dB, C = self.discretised()
+        if reset is not None:
+            state = jnp.where(reset, jnp.zeros_like(state), state)
+        u = x_t.astype(self.D.dtype)
+        state = dA * state + as_complex(_pairs(dB) * u[:, None, None])
+        y = 2 * jnp.real(jnp.sum(C * state[None], axis=-1)) + self.D * u[None]
+        return state, y.reshape(-1).astype(x_t.dtype)
+
+    def _convolve(self, x, kernel):
+        u = jnp.tile(x.astype(self.D.dtype), len(kernel))
+        return ops.causal_convolution(u, _flat(kernel)) + self.D.reshape(1, -1) * u
+
+    def _scan(self, state, x, reset):
+        dA, dB, C = self.discretised()
+        a, dB, C = _pairs(dA).reshape(-1, 2), _pairs(dB), _pairs(jnp.conj(C))
+        u = x.astype(self.D.dtype)
+
+        @jax.checkpoint
+        def chunk(state, inputs):
+            u, reset = inputs
+            drive = u[:, :, None, None] * dB[None]
+            s = ops.diagonal_scan_pairs(a, drive.reshape(len(u), *a.shape), state, reset=reset)
+            y = 2 * jnp.einsum("tdpx,cdpx->tcd", s.reshape(drive.shape), C, precision="highest")
+            y = y + self.D[None] * u[:, None]
+            return (s[-1] if len(u) else state), y.reshape(len(u), self.D.size)
+
+        s, y, done = _pairs(state).reshape(-1, 2), [], len(u) // _CHUNK * _CHUNK
+        if done:
+            in_chunks = lambda z: z[:done].reshape(-1, _CHUNK, *z.shape[1:])
+            s, y_chunks = lax.scan(chunk, s, (in_chunks(u), in_chunks(reset)))
+            y.append(y_chunks.reshape(done, -1))
+        s, y_rest = chunk(s, (u[done:], reset[done:]))
+        y = jnp.concatenate([*y, y_rest])
+        return as_complex(s).reshape(state.shape), y.astype(x.dtype)
+
+
+def _powers_in_blocks(a, length):
+    """`a^r` for `r < T` and `a^(qT)`, `T` about `sqrt(length)`: each `a^l` with `l < length` is a product of two."""
+    T = math.isqrt(max(length - 1, 0)) + 1
+    low = _powers(a, T)
+    return low, _powers(low[-1] * a, -(-length // T))
+
+
+def _powers(a, count):
+    impulse = jnp.zeros((count, a.size), a.dtype).at[:1].set(1)
+    return ops.diagonal_scan(a.reshape(-1), impulse).reshape(count, *a.shape)
+
+
+def _response(coefficients, powers, length):
+    """`2 Re sum_n coefficients_n a_n^l` for `l < length`, as (c, length, D)."""
+    low, high = powers
+    left = _pairs(jnp.conj(coefficients[:, None] * high[None]))
+    y = 2 * jnp.einsum("cqdpx,tdpx->cqtd", left, _pairs(low), precision="highest")
+    return y.reshape(len(coefficients), -1, y.shape[-1])[:, :length]
+
+
+def _last_state(state, u, dA, dB, powers):
+    """`dA^L state + sum_j dA^(L-1-j) dB u_j`: the state after each block of inputs alone, then a scan over blocks."""
+    if not len(u):
+        return state
+    low, high = powers
+    T, blocks = len(low), len(high)
+    padding = T * blocks - len(u)  # in front, so that the first block is the short one
+    inputs = jnp.pad(u, ((padding, 0), (0, 0))).reshape(blocks, T, -1)
+    after = dB[None] * as_complex(jnp.einsum("qtd,tdpx->qdpx", inputs, _pairs(low[::-1]), precision="highest"))
+    after = after.at[0].add(low[T - padding - 1] * dA * state)
+    return ops.final_state((low[-1] * dA).reshape(-1), after.reshape(blocks, -1)).reshape(state.shape)
+
+
+def _flat(y):
+    """(c, L, D) as (L, c D)."""
+    return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], y.shape[0] * y.shape[2])
+
+
+def _rows(a, width):
+    """Channel `h` gets row `h mod S`."""
+    return jnp.tile(a, (width // len(a), 1))
+
+
+def _pairs(z):
+    return jnp.stack([jnp.real(z), jnp.imag(z)], axis=-1)

@@ -1,0 +1,181 @@
+"""Classifiers: lengths and padding, pooling, both forms of the residual branch, and what is refused."""
+
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import quick_jit
+
+from s5eqx import nn
+from s5eqx.models import Classifier, GPT2Init, LastPool, MeanPool, RetrievalClassifier, SequenceEncoder
+
+F, V, D, L, CLASSES = 3, 7, 6, 11, 4
+
+MIXERS = {
+    "short_conv": lambda key: nn.ShortConv(D, 3, key=key),
+    "s5": lambda key: nn.S5(D, 4, key=key),
+    "bidirectional_s5": lambda key: nn.BidirectionalS5(D, 4, key=key),
+    "bidirectional_s4d": lambda key: nn.BidirectionalS4D(D, 4, key=key),
+    "bidirectional_long_conv": lambda key: nn.BidirectionalLongConv(D, L, key=key),
+}
+
+
+def conv(key):
+    return nn.ShortConv(D, 3, key=key)
+
+
+def body(key, mixer=conv, *, tokens=False, **options):
+    encoder_key, key = jr.split(key)
+    encoder = eqx.nn.Embedding(V, D, key=encoder_key) if tokens else eqx.nn.Linear(F, D, key=encoder_key)
+    return SequenceEncoder(encoder, mixer, **({"num_layers": 2} | options), key=key)
+
+
+def classifier(key, mixer=conv, **options):
+    return Classifier(body(key, mixer, **options), CLASSES, key=key)
+
+
+def drawn(build, key):
+    """The model with every weight drawn anew, which costs no compilation."""
+    rng = np.random.default_rng(2208)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+    skeleton = eqx.filter_eval_shape(build, key)
+    return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
+
+
+def features(length=L):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((length, F)))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_padding_has_no_effect(name, key, x64):
+    """The logits of a padded sequence are those of the sequence alone, and no gradient reaches the padding."""
+    means = drawn(lambda key: classifier(key, MIXERS[name], prenorm=name != "bidirectional_s5"), key)
+    last = eqx.tree_at(lambda model: model.body.pool, means, LastPool())
+    x, length = features(), 7
+
+    @quick_jit
+    def run(x, length):
+        logits = lambda x: jnp.concatenate([model(x, length=length) for model in (means, last)])
+        weigh = lambda x: (jnp.arange(1.0, 2 * CLASSES + 1) @ logits(x), logits(x))
+        return jax.grad(weigh, has_aux=True)(x)
+
+    alone, expected = run(x[:length], None)
+    for filling in (0.0, 1e3, np.nan):
+        gradient, logits = run(x.at[length:].set(filling), jnp.asarray(length))
+        np.testing.assert_allclose(logits, expected, atol=1e-12)
+        np.testing.assert_allclose(gradient[:length], alone, atol=1e-12)
+        np.testing.assert_array_equal(gradient[length:], 0)
+    assert not np.allclose(run(x, jnp.asarray(L))[1], expected, atol=1e-3)
+
+
+def test_padding_of_tokens(key):
+    """Padding may be any number, as -1."""
+    model = drawn(lambda key: classifier(key, tokens=True), key)
+    x = jnp.arange(L) % V
+    padded = x.at[5:].set(-1)
+    both = quick_jit(lambda x, length: model(x, length=length))
+    np.testing.assert_allclose(both(padded, jnp.asarray(5)), both(x[:5], None), atol=1e-6)
+    assert jnp.all(jnp.isnan(both(padded, None)))
+
+
+def test_parts(key):
+    """By hand: encoder, prenorm branches of mixer and MLP, norm, mean, decoder; and the form with the norm behind."""
+    apply = lambda layer, h: h @ layer.weight.T + layer.bias[None]
+    for prenorm in (True, False):
+        model = drawn(lambda key, p=prenorm: classifier(key, mlp_width=5, prenorm=p), key)
+        h = apply(model.body.encoder, features())
+        assert [type(r.mixer) for r in model.body.residuals] == [nn.ShortConv, nn.MLP] * 2
+        for r in model.body.residuals:
+            h = h + r.mixer(nn.layer_norm(r.norm, h)) if prenorm else nn.layer_norm(r.norm, h + r.mixer(h))
+        h = nn.layer_norm(model.body.norm, h) if prenorm else h
+        pooled = MeanPool()(h)
+        np.testing.assert_allclose(pooled, np.mean(h, axis=0), atol=1e-6)
+        np.testing.assert_allclose(LastPool()(h), h[-1])
+        np.testing.assert_allclose(model(features()), apply(model.decoder, pooled[None])[0], atol=1e-5)
+
+
+def test_pairs(key):
+    """The head of a pair tells which sequence is which, and each has its own length."""
+    model = drawn(lambda key: RetrievalClassifier(body(key), 2, key=key), key)
+    x, other = features(), features(8)[::-1]
+    forward = quick_jit(lambda *args, **options: model(*args, **options))
+    u, v = model.body(x[:5]), model.body(other)
+    h = jax.nn.gelu(model.hidden(jnp.concatenate([u, v, u * v, u - v])))
+    logits = forward(x, other, length=jnp.asarray(5), other_length=jnp.asarray(8))
+    np.testing.assert_allclose(logits, model.decoder(h), atol=1e-5)
+    assert not jnp.allclose(logits, forward(other, x[:5]), atol=1e-4)
+
+
+def test_rematerialisation_is_the_same_model(key, x64):
+    def run(remat):
+        model = drawn(lambda key: classifier(key, dropout=0.3, mlp_width=5, num_layers=1, remat=remat), key)
+        loss = lambda model: jnp.sum(jnp.sin(model(features(), length=jnp.asarray(8), key=key)))
+        return jax.tree.leaves(quick_jit(eqx.filter_value_and_grad(loss))(model))
+
+    for a, b in zip(run(True), run(False), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_dropout(key):
+    tied, free = (nn.Residual(D, conv(key), dropout=0.5, tie_dropout=tie) for tie in (True, False))
+    x = jr.normal(key, (L, D))
+    untouched = lambda residual: (residual(x, key=key) - x) == 0
+    assert jnp.all(jnp.all(untouched(tied), axis=0) == jnp.any(untouched(tied), axis=0))
+    assert 0 < jnp.sum(untouched(tied)) < L * D
+    assert jnp.any(jnp.all(untouched(free), axis=0) != jnp.any(untouched(free), axis=0))
+    with pytest.raises(RuntimeError, match="key"):
+        tied(x)
+    silent = eqx.nn.inference_mode(tied)(x)
+    mean = jnp.mean(quick_jit(jax.vmap(lambda k: tied(x, key=k)))(jr.split(key, 2000)), axis=0)
+    np.testing.assert_allclose(mean, silent, atol=6 / np.sqrt(2000) * float(jnp.abs(silent - x).max()))
+
+
+def test_initial_weights(key):
+    """The depth is the number of branches; the decoder and the encoder are dense layers as any."""
+
+    def build(key):
+        encoder = eqx.nn.Linear(64, 64, key=key)
+        mixer = lambda key: nn.ShortConv(64, 3, key=key)
+        whole = SequenceEncoder(encoder, mixer, num_layers=4, mlp_width=64, init=GPT2Init(std=0.1), key=key)
+        return Classifier(whole, 64, init=GPT2Init(std=0.1), key=key)
+
+    model = quick_jit(build)(key)
+    mlp = model.body.residuals[1].mixer
+    for layer, std in ((model.body.encoder, 0.1), (mlp.fc1, 0.1), (mlp.fc2, 0.1 / np.sqrt(8)), (model.decoder, 0.1)):
+        np.testing.assert_allclose(jnp.std(layer.weight), std, rtol=0.1)
+        np.testing.assert_array_equal(layer.bias, 0)
+
+
+def test_bfloat16(key):
+    model = drawn(lambda key: classifier(key, MIXERS["bidirectional_s5"], num_layers=1), key)
+    forward = quick_jit(lambda model, x: model(x, length=jnp.asarray(8)))
+    narrow = forward(nn.cast(model, jnp.bfloat16), features().astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, forward(model, features()), atol=0.1)
+
+
+@pytest.mark.parametrize("length", [0, L + 1, -1])
+def test_lengths_outside(length, key):
+    model = drawn(lambda key: classifier(key, num_layers=1), key)
+    with pytest.raises(Exception, match=re.escape(f"must lie in [1, {L}]")):
+        jax.block_until_ready(quick_jit(model)(features(), length=jnp.asarray(length)))
+
+
+def test_what_does_not_fit(key):
+    refused = lambda message: pytest.raises(ValueError, match=re.escape(message))
+    with refused("at least one step"):
+        eqx.filter_eval_shape(lambda key: classifier(key, num_layers=1)(features(0)), key)
+    with refused("num_classes must be at least 1; got 0"):
+        Classifier(drawn(lambda key: body(key, num_layers=1), key), 0, key=key)
+    with refused("must map width 6 to width 6; BidirectionalS5 refuses"):
+        eqx.filter_eval_shape(lambda key: body(key, lambda key: nn.BidirectionalS5(D + 1, 4, key=key)), key)
+    with refused("whose weights all layers would share"):
+        eqx.filter_eval_shape(lambda key: body(key, conv(key)), key)
+    with refused("needs num_layers of at least 1; got 0"):
+        body(key, num_layers=0)
+    with refused("lies in [0, 1); got 1.0"):
+        eqx.filter_eval_shape(lambda key: body(key, dropout=1.0), key)

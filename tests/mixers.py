@@ -101,7 +101,16 @@ CASES = {
     "rg_lru": Case(lambda key: nn.RGLRU(D, key=key)),
     "block": Case(lambda key: nn.Block(s5(key), nn.MLP(D, 8, key=key))),
     "backbone": Case(lambda key: language_model(key, (conv(key), conv(key))).backbone),
+    "stack": Case(lambda key: nn.Stack.of([s5(k) for k in jr.split(key)])),
     "language_model": Case(lambda key: language_model(key, (hyena(key), conv(key))), tokens=True),
+    "language_model_hybrid": Case(
+        lambda key: language_model(key, (nn.S4D(D, 4, key=key), nn.Attention(D, window=4, key=key)), remat=True),
+        tokens=True,
+        fft=True,
+    ),
+    "language_model_stack": Case(
+        lambda key: language_model(key, implicit, num_layers=2, stack=True), tokens=True, fft=True, resets=False
+    ),
     "language_model_positions": Case(
         lambda key: language_model(key, conv, num_layers=1, max_length=LONGEST), tokens=True
     ),

@@ -15,6 +15,7 @@ from s5eqx.models import Classifier, GPT2Init, LastPool, MeanPool, RetrievalClas
 
 F, V, D, L, CLASSES = 3, 7, 6, 11, 4
 
+
 MIXERS = {
     "short_conv": lambda key: nn.ShortConv(D, 3, key=key),
     "s5": lambda key: nn.S5(D, 4, key=key),

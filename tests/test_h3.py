@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import quick_jit
 
 from s5eqx import nn
 
@@ -18,7 +19,7 @@ def test_heads(key, x64):
     q, k, v = (np.asarray(nn.linear(p, x)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     short = np.zeros((L, D))
     short[:4] = [np.sum(layer.shift.B[:, : 4 - l] * layer.shift.C[:, l:], axis=1) for l in range(4)]
-    long = np.asarray(layer.ssm.kernel(L)[0])
+    long = np.asarray(quick_jit(layer.ssm.kernel)(L)[0])
     convolve = lambda kernel, u: np.array([np.sum(kernel[: t + 1] * u[t::-1]) for t in range(L)])
     k = np.stack([convolve(short[:, c], k[:, c]) for c in range(D)], axis=1) + np.asarray(layer.shift.D) * k
     o = np.zeros((L, D))
@@ -28,13 +29,13 @@ def test_heads(key, x64):
                 kv = k[:, h * d + i] * v[:, h * d + j]
                 kv = convolve(long[:, h], kv) + float(layer.ssm.D[0, h]) * kv
                 o[:, h * d + j] += q[:, h * d + i] * kv
-    np.testing.assert_allclose(layer(x), nn.linear(layer.output_linear, jnp.asarray(o)), atol=1e-12)
+    np.testing.assert_allclose(quick_jit(layer)(x), nn.linear(layer.output_linear, jnp.asarray(o)), atol=1e-12)
 
 
 def test_shift_starts_as_the_last_inputs(key, x64):
     shift = nn.ShiftSSM(2, 3, key=key)
     x = jr.normal(key, (5, 2))
-    state, y = shift.prefill(shift.init_state(), x)
+    state, y = quick_jit(shift.prefill)(shift.init_state(), x)
     np.testing.assert_allclose(state, x[:1:-1].T, atol=1e-15)
     np.testing.assert_allclose(y[-1], jnp.sum(shift.C * state, axis=1) + shift.D * x[-1], atol=1e-14)
     assert jnp.all(jnp.abs(shift.C) <= 3**-0.5)
@@ -44,10 +45,10 @@ def test_shift_forgets(key, x64):
     """What it held before a chunk of at least its own size leaves no trace."""
     shift = nn.ShiftSSM(2, 3, key=key)
     x = jr.normal(key, (4, 2))
-    for state in (shift.init_state(), jnp.full((2, 3), 1e3)):
-        last, y = shift.prefill(state, x)
-        np.testing.assert_array_equal(last, shift.prefill(shift.init_state(), x)[0])
-        np.testing.assert_allclose(y[2:], shift(x)[2:], atol=1e-12)
+    fresh, used = (quick_jit(shift.prefill)(jnp.full((2, 3), held), x) for held in (0.0, 1e3))
+    np.testing.assert_array_equal(used[0], fresh[0])
+    np.testing.assert_allclose(used[1][2:], fresh[1][2:], atol=1e-12)
+    assert jnp.all(used[1][:2] != fresh[1][:2])
 
 
 @pytest.mark.parametrize("head_dim", [0, 4])

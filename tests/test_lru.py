@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import to_complex
+from helpers import quick_jit, to_complex
 
 from s5eqx import nn
 
@@ -24,7 +24,7 @@ def test_lru_is_its_recurrence(key, x64):
     for u in x:
         state = Lambda * state + np.exp(lru.gamma_log) * (B @ u)
         y.append((C @ state).real + lru.D * u)
-    np.testing.assert_allclose(lru(x), y, atol=1e-13)
+    np.testing.assert_allclose(quick_jit(lru)(x), y, atol=1e-13)
 
 
 @pytest.mark.parametrize("r_min, r_max, max_phase", [(0.0, 1.0, 2 * np.pi), (0.9, 0.99, 0.3), (0.5, 0.5, 1.0)])
@@ -55,7 +55,7 @@ def test_rg_lru_is_its_recurrence(key, x64):
     for t in range(6):
         h = a[t] * h + np.sqrt(1 - a[t] ** 2) * i[t] * x[t]
         expected.append(h)
-    np.testing.assert_allclose(layer(x), expected, atol=1e-13)
+    np.testing.assert_allclose(quick_jit(layer)(x), expected, atol=1e-13)
 
 
 def test_rg_lru_starts_slow(key, x64):
@@ -66,7 +66,7 @@ def test_rg_lru_starts_slow(key, x64):
 def test_rg_lru_with_a_closed_gate_has_a_gradient(key):
     layer = nn.RGLRU(2, key=key)
     layer = eqx.tree_at(lambda l: l.a_proj.bias, layer, jnp.full(2, -200.0))
-    gradient = eqx.filter_grad(lambda layer: jnp.sum(layer(jnp.ones((3, 2)))))(layer)
+    gradient = quick_jit(eqx.filter_grad(lambda layer: jnp.sum(layer(jnp.ones((3, 2))))))(layer)
     assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(gradient))
 
 

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit, relative_error
+from helpers import quick_jit, relative_error, to_complex
 from jax import lax
 
 from s5eqx import nn
+
+kernel = quick_jit(lambda ssm, length: ssm.kernel(length))
 
 
 @pytest.mark.parametrize(
@@ -19,7 +21,7 @@ from s5eqx import nn
         (nn.InvInit(), [-0.5] * 4, [17.825353, 4.2441318, 1.5278875, 0.3637827]),
         (nn.Inv2Init(), [-0.5] * 4, [17.825353, 7.6394373, 4.2441318, 2.5464790]),
         (nn.QuadInit(), [-0.5] * 4, [0.3183099, 2.8647890, 7.9577472, 15.597185]),
-        (nn.LegSInit(), [-0.5] * 4, [-19.857410, -5.3540073, -1.9580950, -0.4275011]),
+        (nn.LegSInit(), [-0.5] * 4, [-19.857410, -5.3542085, -1.9577941, -0.4274887]),
         (nn.RealInit(), [-1, -2, -3, -4], np.zeros(4)),
     ],
 )
@@ -49,12 +51,11 @@ def test_initial_B(key, x64):
     """Drawn to unit size, and a part of C where it is not trained."""
     options = {"num_ssm": 1, "A_init": nn.InvInit(), "B_init": nn.NormalBInit(), "key": key}
     trained = nn.DiagonalSSM(3, 8, train_B=True, **options)
-    A = -jnp.exp(trained.A_real) + 1j * trained.A_imag
-    B = trained.B[..., 0] + 1j * trained.B[..., 1]
-    np.testing.assert_allclose(2 * jnp.sum(jnp.abs(B / A) ** 2), 1)
+    A = -np.exp(trained.A_real) + 1j * np.asarray(trained.A_imag)
+    np.testing.assert_allclose(2 * np.sum(np.abs(to_complex(trained.B) / A) ** 2), 1)
     folded = nn.DiagonalSSM(3, 8, **options)
     assert folded.B is None
-    np.testing.assert_allclose(folded.kernel(5), trained.kernel(5), atol=1e-14)
+    np.testing.assert_allclose(kernel(folded, 5), kernel(trained, 5), atol=1e-14)
 
 
 @pytest.mark.parametrize("length", [1, 2, 13, 2048])
@@ -64,7 +65,7 @@ def test_kernel_keeps_its_phase_in_float32(length, key):
     dA, dB, C = (np.asarray(z, np.complex128) for z in ssm.discretised())
     powers = dA ** np.arange(length)[:, None, None]
     expected = 2 * np.einsum("cdp,ldp->cld", C * dB, powers).real
-    assert relative_error(ssm.kernel(length), expected) < 3e-7
+    assert relative_error(kernel(ssm, length), expected) < 3e-7
 
 
 @pytest.mark.parametrize("flags", [None, [0, 63, 64, 100], [65, 128]])
@@ -112,18 +113,18 @@ def test_states_are_not_held_over_the_length(resets, key):
 def _sizes(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            yield from _sizes(inner)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)  # a closed one holds an open one
+            yield from _sizes(inner) if hasattr(inner, "eqns") else ()
 
 
 def test_bandlimit_drops_fast_states(key, x64):
-    ssm = nn.DiagonalSSM(3, 16, dt_min=0.05, key=key)
-    limited = eqx.tree_at(lambda s: s.bandlimit, ssm, 0.2, is_leaf=lambda leaf: leaf is None)
+    ssm, limited = (nn.DiagonalSSM(3, 16, dt_min=0.05, bandlimit=limit, key=key) for limit in (None, 0.2))
     cycles = jnp.exp(ssm.log_Delta)[:, None] * ssm.A_imag / (2 * jnp.pi)
     slow = cycles < 0.1
     assert 0 < jnp.sum(slow) < slow.size
     by_hand = eqx.tree_at(lambda s: s.C, ssm, jnp.where(slow[None, :, :, None], ssm.C, 0.0))
-    np.testing.assert_allclose(limited.kernel(9), by_hand.kernel(9), atol=1e-14)
+    np.testing.assert_allclose(kernel(limited, 9), kernel(by_hand, 9), atol=1e-14)
 
 
 @pytest.mark.parametrize("glu", [False, True])
@@ -132,18 +133,17 @@ def test_bidirectional(glu, key, x64):
     L, cut = 11, 4
     layer = nn.BidirectionalS4D(3, 4, channels=2, glu=glu, activation=eqx.nn.Identity(), key=key)
     ssm = layer.forward.ssm
-    past = ssm.kernel(L)
-    future = eqx.tree_at(lambda s: s.C, ssm, layer.C_backward).kernel(L)
-    x = jr.normal(key, (L, 3))
+    past = np.asarray(kernel(ssm, L))
+    future = np.asarray(kernel(eqx.tree_at(lambda s: s.C, ssm, layer.C_backward), L))
+    D, x = np.asarray(ssm.D), np.asarray(jr.normal(key, (L, 3)))
     for t0, t1, reset in ((0, L, None), (cut, L, cut), (0, cut, cut)):
         y = np.zeros((L, 2, 3))
         for t in range(t0, t1):
-            y[t] = ssm.D * x[t]
-            y[t] += sum(past[:, j] * x[t - j] for j in range(t - t0 + 1))
+            y[t] = D * x[t] + sum(past[:, j] * x[t - j] for j in range(t - t0 + 1))
             y[t] += sum(future[:, j] * x[t + 1 + j] for j in range(t1 - t - 1))
-        expected = layer.forward.mix(jnp.asarray(y.reshape(L, 6)))[t0:t1]
+        expected = quick_jit(layer.forward.mix)(jnp.asarray(y.reshape(L, 6)))[t0:t1]
         flags = None if reset is None else jnp.arange(L) == reset
-        np.testing.assert_allclose(layer(x, reset=flags)[t0:t1], expected, atol=1e-12)
+        np.testing.assert_allclose(quick_jit(layer)(x, reset=flags)[t0:t1], expected, atol=1e-12)
 
 
 def test_bidirectional_gradients_do_not_cross_a_reset(key):

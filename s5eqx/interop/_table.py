@@ -104,7 +104,7 @@ def arrays(table: Table) -> dict[str, Inexact[Array, "..."]]:
 
 def skips(name: str, bank: ImplicitFilter, layout: Layout = SAME) -> Entry:
     """The skips of implicit filters. The references keep such an array also where they do not use it."""
-    unused = (bank.layers[-1].out_features,) if bank.bias is None else None
+    unused = bank.layers[-1].weight.shape[:1] if bank.bias is None else None
     return Entry(name, bank.bias, layout, unused=unused)
 
 

@@ -134,7 +134,7 @@ def _describe(node, path, arrays):
             return {"function": name}
     for name, cls in _CLASSES.items():
         if type(node) is cls:
-            fields = {f.name: _describe(getattr(node, f.name), _join(path, f.name), arrays) for f in _fields(cls)}
+            fields = {field: _describe(getattr(node, field), _join(path, field), arrays) for field in _fields(cls)}
             return {"class": name, "fields": fields}
     raise ValueError(
         f"{path or 'the model'} must be a public module, a number, a string, an array, or one of "
@@ -161,10 +161,9 @@ def _build(node, path, tensors):
             return _look_up(_FUNCTIONS, name, path)
         case {"class": name, "fields": dict(fields)}:
             cls = _look_up(_CLASSES, name, path)
-            if fields.keys() != {field.name for field in _fields(cls)}:
+            if fields.keys() != set(_fields(cls)):
                 raise ValueError(
-                    f"{path or 'the model'} is a {name}, whose fields are {', '.join(f.name for f in _fields(cls))}; it "
-                    f"gives {', '.join(fields)}"
+                    f"{path or 'the model'} is a {name} of fields {', '.join(_fields(cls))}, not of {', '.join(fields)}"
                 )
             module = object.__new__(cls)
             for field, value in fields.items():
@@ -189,7 +188,7 @@ def _take(tensors, path, dtype, shape):
 
 
 def _fields(cls):
-    return dataclasses.fields(cls)
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _join(path, name):

@@ -15,7 +15,7 @@ from s5eqx.models.backbone import Backbone
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.nn._check import check_rate
 from s5eqx.nn._composed import in_chunks, in_parallel, in_steps
-from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 from s5eqx.nn._random import split
 from s5eqx.nn.block import Block
 from s5eqx.nn.mlp import MLP
@@ -153,6 +153,7 @@ class LanguageModel(AbstractCausalMixer):
         return self._forward(in_steps(reset), state, x_t, reset, key)
 
     def _forward(self, run, state, tokens, reset, key):
+        refuse_reset(self, reset)
         embed_key, backbone_key = split(key, 2)
         position, state = state
         position, h = self._embed(position, tokens, reset, embed_key)

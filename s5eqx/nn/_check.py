@@ -8,24 +8,29 @@ from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 
 
 def check_mixer(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -> AbstractCausalMixer:
-    """Refuses a mixer that cannot stream, or that does not map (width,) to (width,). Nothing is computed."""
+    """Refuses a mixer that cannot stream, or that does not map (L, width) to (L, width). Nothing is computed."""
     if not isinstance(mixer, AbstractCausalMixer):
         raise ValueError(
             f"{name} must be causal, an `AbstractCausalMixer` with `init_state`, `prefill` and `step`; got "
             f"{type(mixer).__name__}. A layer that looks ahead, such as `BidirectionalS5`, cannot stream."
         )
+    check_width(mixer, width, dtype, name)
+    return mixer
+
+
+def check_width(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -> AbstractMixer:
+    """Refuses a mixer that does not map (L, width) to (L, width). Nothing is computed."""
     quiet = eqx.nn.inference_mode(mixer)  # asks for no key
     try:
-        step = lambda mixer, x_t: mixer.step(mixer.init_state(), x_t)[1]
-        y_t = eqx.filter_eval_shape(step, quiet, jax.ShapeDtypeStruct((width,), dtype))
+        y = eqx.filter_eval_shape(lambda mixer, x: mixer(x), quiet, jax.ShapeDtypeStruct((1, width), dtype))
     except Exception as error:
         raise ValueError(
             f"{name} must map width {width} to width {width}; {type(mixer).__name__} refuses such an input, as "
             "shown above. Build it with that width."
         ) from error
-    if y_t.shape != (width,):
+    if y.shape != (1, width):
         raise ValueError(
-            f"{name} must map width {width} to width {width}; {type(mixer).__name__} returns {y_t.shape}. Build it "
+            f"{name} must map width {width} to width {width}; {type(mixer).__name__} returns {y.shape[1:]}. Build it "
             "with that width."
         )
     return mixer

@@ -59,12 +59,3 @@ def contract(q: Float[Array, "*L D"], kv: Float[Array, "..."], head_dim: int) ->
 
 def _in_heads(a, head_dim):
     return a.reshape(*a.shape[:-1], a.shape[-1] // head_dim, head_dim)
-
-
-def init_heads(operator, head_dim):
-    return init_pairs(operator, head_dim)
-
-
-def run_heads(run, operator, state, q, k, v, head_dim, key):
-    state, kv = run_pairs(run, operator, state, outer(k, v, head_dim), head_dim, key)
-    return state, contract(q, kv, head_dim)

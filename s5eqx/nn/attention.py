@@ -109,13 +109,13 @@ class Attention(AbstractCausalMixer):
     ) -> Float[Array, "L D"]:
         """The whole sequence in parallel, from the empty state.
 
-        `key_padding_mask` is False at tokens that none attends to, their own outputs included. A token with none to
-        attend to gets zero from all heads.
+        No token attends to one whose `key_padding_mask` is False, not even that token itself. Where nothing is left to
+        attend to, all heads give zero.
         """
         z = linear(self.Wqkv, x)
         if self.short_conv is not None:
             z = self.short_conv(z, reset=reset)
-        position = self._positions(jnp.zeros((), jnp.int32), len(x), reset)
+        position = self._positions(None, len(x), reset)
         q, k, v = self._heads(z, position)
         if reset is None and key_padding_mask is None and len(x) <= self._capacity:
             return self._attend(q, k, v, None, key)
@@ -183,10 +183,10 @@ class Attention(AbstractCausalMixer):
         return min(length for length in (self.max_length, self.window) if length is not None)
 
     def _positions(self, index, steps, reset):
-        """The position of each token in its own sequence, of which `index` tokens came before the first."""
+        """The position of each token in its own sequence, of which `index` tokens came before, or none."""
         time = jnp.arange(steps, dtype=jnp.int32)
-        start = -index if reset is None else lax.cummax(jnp.where(reset, time, -index))
-        position = time - start
+        start = jnp.zeros((), jnp.int32) if index is None else -index
+        position = time - (start if reset is None else lax.cummax(jnp.where(reset, time, start)))
         if self.max_length is None:
             return position
         message = (
@@ -195,6 +195,8 @@ class Attention(AbstractCausalMixer):
         )
         if reset is None and steps > self.max_length:
             raise ValueError(f"{message} Got {steps}.")
+        if index is None and reset is None:
+            return position
         return eqx.error_if(position, jnp.any(position >= self.max_length), message)
 
     def _heads(self, z, position):

@@ -45,6 +45,7 @@ class BidirectionalLongConv(AbstractMixer):
         kernel_dropout: float = 0.0,
         dropout: float = 0.0,
         activation: Callable = Gelu(),
+        glu: bool = True,
         key: PRNGKeyArray,
     ):
         """**Arguments:** those of `LongConv`."""
@@ -59,6 +60,7 @@ class BidirectionalLongConv(AbstractMixer):
             kernel_dropout=kernel_dropout,
             dropout=dropout,
             activation=activation,
+            glu=glu,
             key=forward_key,
         )
         kernel = self.forward.conv.kernel

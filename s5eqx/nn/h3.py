@@ -9,7 +9,7 @@ from s5eqx._typing import Array, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_mixer
 from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._heads import contract, init_pairs, outer, run_pairs
-from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 from s5eqx.nn._random import split
 from s5eqx.nn.diagonal_ssm import DiagonalSSM
 from s5eqx.nn.discretise import AbstractDiscretisation, Bilinear
@@ -47,8 +47,8 @@ class H3(AbstractComposedMixer):
     def __init__(
         self,
         width: int,
-        shift: AbstractCausalMixer,
-        ssm: AbstractCausalMixer,
+        shift: AbstractMixer,
+        ssm: AbstractMixer,
         *,
         head_dim: int = 1,
         key: PRNGKeyArray,

@@ -162,12 +162,14 @@ class LongConv(AbstractComposedMixer):
         kernel_dropout: float = 0.0,
         dropout: float = 0.0,
         activation: Callable = Gelu(),
+        glu: bool = True,
         key: PRNGKeyArray,
     ):
         """**Arguments:** those of `SquashedConvolution`, with its dropout as `kernel_dropout`, and
 
         - `dropout`: the probability to drop an entry before the dense layer.
         - `activation`: a module that acts on what is convolved.
+        - `glu`: end in a `GLU`; otherwise in a plain dense layer.
         """
         conv_key, linear_key = jr.split(key)
         self.conv = SquashedConvolution(
@@ -182,7 +184,8 @@ class LongConv(AbstractComposedMixer):
         )
         self.activation = activation
         self.dropout = eqx.nn.Dropout(check_rate(dropout, "dropout"))
-        self.output_linear = GLU(channels * width, width, key=linear_key)
+        dense = GLU if glu else eqx.nn.Linear
+        self.output_linear = dense(channels * width, width, key=linear_key)
 
     def init_state(self) -> State:
         return self.conv.init_state()

@@ -50,6 +50,7 @@ class Twin(AbstractCausalMixer):
     """A layer whose parallel form is `parallel(layer, x)`; it streams as the layer does."""
 
     recurrence: ClassVar[tuple[str, ...]] = ()
+    resets: ClassVar[bool] = False
 
     layer: AbstractCausalMixer
     parallel: Callable = eqx.field(static=True)

@@ -12,7 +12,8 @@ from s5eqx.interop import from_s5, layer_from_s5, to_s5
 
 fixture_jit = functools.partial(
     quick_jit,
-    compiler_options=quick_jit.keywords["compiler_options"] | {"xla_cpu_use_fusion_emitters": False},
+    compiler_options=quick_jit.keywords["compiler_options"]
+    | {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1},
 )
 """`quick_jit` for many small gradients, which compiles in half the time again."""
 

@@ -91,9 +91,32 @@ def test_benchmarks_run(tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())["training"]) == 2
 
 
+@pytest.mark.slow
+def test_every_mixer_trains(tmp_path):
+    words = ("--json", "out.json", "--", *TINY, "--steps", 200)
+    code, output, errors = run(ROOT / "experiments/compare_mixers.py", *words, folder=tmp_path)
+    assert code == 0, errors
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert len(results) == 8 and all(f"| {mixer} |" in output for mixer in results)
+    for mixer, result in results.items():
+        assert result["settings"]["mixer"] == mixer
+        assert result["test_loss"] < 1.0, "at the start it is above 1.7"
+
+
+def example_of_the_readme(number):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
+
+
 def test_the_example_of_the_readme(tmp_path):
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "example.py").write_text(example)
+    (tmp_path / "example.py").write_text(example_of_the_readme(0))
     code, output, errors = run("example.py", folder=tmp_path)
     assert code == 0, errors
     assert float(output.splitlines()[0]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_hybrid_of_the_readme(tmp_path):
+    (tmp_path / "hybrid.py").write_text(example_of_the_readme(1) + "print(len(model.backbone.blocks))\n")
+    code, output, errors = run("hybrid.py", folder=tmp_path)
+    assert code == 0, errors
+    assert output == "12\n"

@@ -1,24 +1,28 @@
-"""Reading and writing the S5 branch's parameters: names, dtypes, and everything that is refused."""
+"""Reading and writing foreign parameters: names, dtypes, and everything that is refused."""
 
 import equinox as eqx
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safari_fixture
 from helpers import to_complex
 from s5_fixture import Fixture
 
-from s5eqx.interop import layer_from_s5, to_s5
+from s5eqx.interop import from_safari, layer_from_s5, layer_from_safari, layer_to_safari, to_s5, to_safari
+from s5eqx.nn import Buffer, materialise
 
 SSM = "s5ssm_trunc_conj1_clip1_gelu"
 
 
-@pytest.mark.parametrize("name", [SSM, "s5op_o3_sf3", "lm_s5_posemb"])
+@pytest.mark.parametrize("name", [SSM, "s5op_o3_sf3", "lm_s5_posemb", "hyenaop_o3", "lm_hyena"])
 def test_round_trip_keeps_names_dtypes_and_bits(name):
     fixture = Fixture(name)
     params = fixture.params(np.float32)
     module = fixture.load(params)
     leaves = jax.tree.leaves(eqx.filter(module, eqx.is_inexact_array))
-    assert len(leaves) == len(params) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    constants = jax.tree.leaves([leaf for leaf in jax.tree.leaves(module, is_leaf=_is_buffer) if _is_buffer(leaf)])
+    assert len(leaves) == len(params) + len(constants) and all(isinstance(leaf, jax.Array) for leaf in leaves)
     back = to_s5(module)
     assert back.keys() == params.keys()
     for path, array in back.items():
@@ -73,6 +77,18 @@ def test_missing_array_is_named():
         (SSM, "ssm_args", {"activation": "relu"}, "ssm_args/activation must be one of .*'relu'"),
         (SSM, "ssm_args", {"bidirectional": True}, "ssm_args .*bidirectional=True"),
         ("s5op_o2_sf3_inner2", "layer_kwargs", {}, "layer_kwargs/inner_factor must be 1.*got 2"),
+        (
+            "hyenaop_o3_outer_mixing_postffn_gelu",
+            "layer_kwargs",
+            {},
+            "outer_mixing must be False.*got True",
+        ),
+        ("hyenaop_o2", "layer_kwargs", {"post_order_ffn": True}, "post_order_ffn must be False.*got True"),
+        ("hyenaop_o2", "layer_kwargs", {"num_heads": 2}, "num_heads must be 1.*got 2"),
+        ("hyenaop_o2", "layer_kwargs", {"filter_cls": "hyena_S5"}, "filter_cls must be 'hyena-filter'.*got 'hyena_S5'"),
+        ("hyenaop_o2", "filter_args", {"emb_dim": 4}, "features must be odd.*got 4"),
+        ("hyenaop_o2", "filter_args", {"modulate": False}, "filter_args .*modulate=False"),
+        ("hyenaop_o2", "filter_args", {"num_inner_mlps": 3}, "missing: .*layers_8/kernel"),
         ("s5op_o2_sf3", "layer_kwargs", {"num_heads": 2}, "num_heads must be 1.*got 2"),
         ("s5op_o2_sf3", "layer_kwargs", {"outer_mixing": True}, "outer_mixing must be False.*got True"),
         ("s5op_o2_sf3", "layer_kwargs", {"post_order_ffn": True}, "post_order_ffn must be False.*got True"),
@@ -85,7 +101,8 @@ def test_missing_array_is_named():
 )
 def test_option_that_is_not_offered_is_refused(name, section, options, words):
     fixture = Fixture(name)
-    fixture.config[section] |= options
+    config = fixture.config if section in fixture.config else fixture.config["layer_kwargs"]
+    config[section] |= options
     with pytest.raises(ValueError, match=words):
         fixture.load(fixture.params(np.float32))
 
@@ -93,11 +110,11 @@ def test_option_that_is_not_offered_is_refused(name, section, options, words):
 def test_other_layers_and_kinds_are_refused():
     fixture = Fixture("lm_s5")
     params = fixture.params(np.float32)
-    with pytest.raises(ValueError, match="layer must be one of 'S5_operator'; got 'hyena'"):
-        fixture.config["layer"] = "hyena"
+    with pytest.raises(ValueError, match="layer must be one of 'S5_operator', 'hyena'; got 'H3'"):
+        fixture.config["layer"] = "H3"
         fixture.load(params)
-    with pytest.raises(ValueError, match="kind must be one of 'ssm', 's5_operator'; got 'hyena_operator'"):
-        layer_from_s5("hyena_operator", params, fixture.config)
+    with pytest.raises(ValueError, match="kind must be one of 'ssm', 's5_operator', 'hyena_operator'; got 'lm'"):
+        layer_from_s5("lm", params, fixture.config)
     with pytest.raises(ValueError, match="config must give ssm_size, blocks, ssm_args"):
         layer_from_s5("ssm", params, fixture.config)
 
@@ -107,3 +124,147 @@ def test_module_without_names_is_refused(key):
     layer = eqx.tree_at(lambda s5: s5.activation, layer, eqx.nn.Identity())
     with pytest.raises(ValueError, match="no names for a Identity"):
         to_s5(layer)
+
+
+def test_unused_skips_are_checked_and_come_back_as_zeros():
+    fixture = Fixture("hyenaop_o2_emb3_norm_nobias")
+    params = fixture.params(np.float32)
+    back = to_s5(fixture.load(params))
+    assert back.keys() == params.keys() and np.all(back["filter_fn/bias"] == 0)
+    with pytest.raises(ValueError, match=r"filter_fn/bias must have shape \(16,\).*\(3,\)"):
+        fixture.load(params | {"filter_fn/bias": np.ones(3, np.float32)})
+
+
+# safari
+
+
+@pytest.mark.parametrize("name", ["lm_h3_hybrid", "lm_hyena", "hyena_standalone_o3", "s4d_safari_bidir", "h3conv_a"])
+def test_safari_round_trip_keeps_names_dtypes_and_bits(name):
+    fixture = safari_fixture.Fixture(name)
+    params = fixture.params(np.float32)
+    params = {name: a.astype(ml_dtypes.bfloat16) if "proj" in name else a for name, a in params.items()}
+    back = fixture.save(fixture.load(params))
+    assert back.keys() - params.keys() <= {"lm_head.weight"}
+    for path, array in params.items():
+        assert back[path].dtype == array.dtype
+        np.testing.assert_array_equal(back[path], array)
+
+
+def test_names_may_have_a_prefix_and_the_head_its_own_name():
+    fixture = safari_fixture.Fixture("lm_h3")
+    params, config = fixture.params(np.float32), fixture.meta["config"]
+    model = from_safari(params, config)
+    assert eqx.tree_equal(from_safari({f"model.{name}": a for name, a in params.items()}, config), model)
+    full = to_safari(model)
+    assert full.keys() - params.keys() == {"lm_head.weight"}
+    assert eqx.tree_equal(from_safari(full, config), model)
+    with pytest.raises(ValueError, match=r"lm_head.weight and .*word_embeddings.weight are one tensor.*differ"):
+        from_safari(full | {"lm_head.weight": np.zeros((10, 8), np.float32)}, config)
+
+
+def test_shared_frequencies_must_be_equal():
+    fixture = safari_fixture.Fixture("hyena_o2")
+    params = fixture.params(np.float32)
+    name = "filter_fn.implicit_filter.3.freq"
+    with pytest.raises(ValueError, match=rf"{name} and .*\.1\.freq are one tensor.*differ"):
+        fixture.load(params | {name: params[name] + 1})
+    del params[name]
+    assert name in fixture.save(fixture.load(params))
+
+
+def test_known_buffer_is_checked():
+    fixture = safari_fixture.Fixture("rotary_mha_neox")
+    params = fixture.params(np.float32)
+    angles = np.asarray(10000.0 ** (-np.arange(0, 8, 2) / 8), np.float32)
+    fixture.load(params | {"rotary_emb.inv_freq": angles})
+    with pytest.raises(ValueError, match=r"rotary_emb.inv_freq must have the value.*differs"):
+        fixture.load(params | {"rotary_emb.inv_freq": 2 * angles})
+
+
+def test_options_of_a_model_are_read():
+    fixture = safari_fixture.Fixture("lm_h3_hybrid")
+    config = fixture.meta["config"] | {"layer_norm_epsilon": 0.25, "resid_dropout": 0.2}
+    model = from_safari(fixture.params(np.float32), config, max_length=7)
+    h3, attention = model.backbone.blocks
+    assert len(model.embedding) == 16  # 10 tokens, padded to a multiple of 8
+    assert (model.embed_dropout.p, h3.dropout.p, attention.mixer.dropout.p) == (0.1, 0.2, 0.1)
+    assert model.embed_dropout.inference and h3.dropout.inference and attention.mixer.dropout.inference
+    assert (h3.norm1.eps, attention.norm2.eps, model.backbone.norm.eps) == (0.25, 0.25, 0.25)
+    assert attention.mixer.max_length == 7
+    z = from_safari(*_with_layer("lm_hyena", {"lr_pos_emb": 1e-5})).backbone.blocks[0].mixer.bank.z
+    assert isinstance(z, jax.Array)  # trained
+    z = from_safari(*_with_layer("lm_hyena", {})).backbone.blocks[0].mixer.bank.z
+    assert isinstance(z, Buffer)
+
+
+def _with_layer(name, options):
+    fixture = safari_fixture.Fixture(name)
+    config = fixture.meta["config"]
+    return fixture.params(np.float32), config | {"layer": config["layer"] | options}
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("lm_hyena", {"num_heads": 2}, "layer/num_heads must be 1, the only one offered; got 2"),
+        ("lm_hyena", {"inner_factor": 2}, "layer/inner_factor must be 1.*got 2"),
+        ("lm_hyena", {"num_blocks": 2}, "layer/num_blocks must be 1.*got 2"),
+        ("lm_hyena", {"post_order_ffn": True}, "layer/post_order_ffn must be False"),
+        ("lm_hyena", {"filter_args": {"emb_dim": 5}}, "layer must hold options out of .*filter_args="),
+        ("lm_hyena", {"l_max": 15}, r"filter_fn.pos_emb.z must have shape \(1, 15, 5\).*got \(1, 14, 5\)"),
+        ("lm_hyena", {"order": 3}, r"in_proj.weight must have shape \(32, 8\)"),
+        ("lm_hyena", {"_name_": "mamba"}, "config/layer/_name_ must be one of 'hyena', 'h3'.*got 'mamba'"),
+        ("lm_h3", {"mode": "nplr"}, "layer/mode must be 'diag'.*got 'nplr'"),
+        ("lm_h3", {"head_dim": 3}, "layer/head_dim must divide the width 8; got 3"),
+        ("lm_h3", {"real_type": "relu"}, "real_type must be one of 'exp', 'softplus'; got 'relu'"),
+        ("lm_h3", {"disc": "dss"}, "disc must be one of .*got 'dss'"),
+        ("lm_s4d", {"postact": "glu"}, "missing: .*output_linear.0.weight.*\n.*left over: .*output_linear.weight"),
+        ("lm_s4d", {"bidirectional": True}, "layer/bidirectional must be False, .*causal; got True"),
+        ("lm_s4d", {"gate": 2}, "layer must hold options out of .*gate=2"),
+    ],
+)
+def test_layer_of_safari_that_is_not_offered_is_refused(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        from_safari(*_with_layer(name, options))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"attn_layer_idx": [2]}, r"attn_layer_idx must hold layers from 0 to 1; got \[2\]"),
+        ({"attn_cfg": {"dropout": 0.1}}, "attn_cfg must give num_heads; it gives dropout"),
+        ({"attn_cfg": {"num_heads": 3}}, "width must be a positive multiple of num_heads"),
+        ({"attn_cfg": {"num_heads": 2, "causal": False}}, "attn_cfg/causal must be True"),
+        ({"layer": {}}, "config/layer must give _name_"),
+        ({"vocabulary": 3}, "config must hold options out of .*vocabulary=3"),
+        ({"max_position_embeddings": 12}, "missing: .*position_embeddings.weight of shape"),
+    ],
+)
+def test_config_of_safari_that_does_not_fit_is_refused(options, words):
+    fixture = safari_fixture.Fixture("lm_h3_hybrid")
+    with pytest.raises(ValueError, match=words):
+        from_safari(fixture.params(np.float32), fixture.meta["config"] | options)
+
+
+def test_layers_of_safari_that_do_not_fit_are_refused():
+    fixture = safari_fixture.Fixture("mha_h2")
+    params = fixture.params(np.float32)
+    with pytest.raises(ValueError, match=r"kind must be one of 's4d_kernel', .*got 'lm'"):
+        layer_from_safari("lm", params, fixture.meta)
+    with pytest.raises(ValueError, match="meta must give H, N; it gives"):
+        layer_from_safari("shift_kernel", params, {"L": 3})
+    with pytest.raises(ValueError, match=r"left over: extra of shape \(1,\)"):
+        fixture.load(params | {"extra": np.ones(1)})
+    with pytest.raises(ValueError, match=r"Wqkv.bias must be of floats.*int64"):
+        fixture.load(params | {"Wqkv.bias": np.ones(24, int)})
+    with pytest.raises(ValueError, match=r"safari has names for a Hyena over an ImplicitFilter.*MixerBank"):
+        hyena = safari_fixture.Fixture("hyena_o2")
+        layer_to_safari("hyena", materialise(hyena.load(hyena.params(np.float32))))
+    with pytest.raises(ValueError, match="no names for a ShortConv in a language model"):
+        block = safari_fixture.Fixture("block_a").load(safari_fixture.Fixture("block_a").params(np.float32))
+        conv = Fixture("s5op_o2_sf3").load(Fixture("s5op_o2_sf3").params(np.float32)).short_conv
+        layer_to_safari("block", eqx.tree_at(lambda block: block.mixer, block, conv))
+
+
+def _is_buffer(node):
+    return isinstance(node, Buffer)

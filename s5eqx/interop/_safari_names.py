@@ -16,6 +16,7 @@ from s5eqx.nn import (
     BidirectionalS4D,
     Buffer,
     Hyena,
+    ImplicitFilter,
     LongConv,
     SquashedConvolution,
 )
@@ -25,7 +26,7 @@ _COLUMN = Layout(lambda a: a[0, :, 0], lambda a: a[None, :, None])  # (1, L, 1)
 _ROW = Layout(lambda a: a[0, 0], lambda a: a[None, None])  # (1, 1, D)
 _PIXEL = Layout(lambda a: a[..., 0], lambda a: a[..., None])  # (D, D, 1)
 _NO_LEADING = Layout(LEADING.save, LEADING.load)
-_JOINED = Layout(lambda a: tuple(jnp.split(a, 2)), jnp.concatenate)  # both directions in one array
+_JOINED = Layout(lambda a: (a[: len(a) // 2], a[len(a) // 2 :]), jnp.concatenate)  # both directions in one array
 
 
 def _linear(name, layer, layout=SAME) -> Table:
@@ -46,6 +47,11 @@ def _short_conv(name, conv) -> Table:
 
 def _hyena_table(layer, filter_channels=lambda bank: SAME) -> Table:
     bank = layer.bank
+    if not isinstance(bank, ImplicitFilter) or layer.short_conv is None or layer.num_heads > 1:
+        raise ValueError(
+            "safari has names for a Hyena over an ImplicitFilter, with a short convolution and without heads; this one "
+            f"has a bank {type(bank).__name__}. Convert a model before it is materialised."
+        )
     ours = filter_channels(bank)
     yield from _linear("in_proj", layer.in_proj)
     yield from _linear("out_proj", layer.out_proj)

@@ -15,7 +15,6 @@ from s5eqx.nn import (
     MLP,
     S4D,
     ZOH,
-    AbstractCausalMixer,
     Attention,
     BidirectionalLongConv,
     BidirectionalS4D,
@@ -54,9 +53,7 @@ _DRAWING = ("measure", "dt_min", "dt_max", "scaling", "init", "weight_init", "le
 # 1. The layers of a language model, from what a configuration says of them.
 
 
-def mixers(
-    config: Mapping[str, Any], width: int, depth: int, max_length: int, key: PRNGKeyArray
-) -> tuple[AbstractCausalMixer, ...]:
+def mixers(config: Mapping[str, Any], width: int, depth: int, max_length: int, key: PRNGKeyArray) -> tuple[Any, ...]:
     """The mixer of each layer. `max_length` is for attention, where the configuration gives none."""
     attention = config.get("attn_layer_idx") or ()
     if not all(0 <= i < depth for i in attention):
@@ -70,6 +67,10 @@ def mixers(
             chosen.append(_attention(cfg, width, max_length, layer_key))
         else:
             (name,) = read("config/layer", options, "_name_")
+            if options.get("bidirectional", False):
+                raise ValueError(
+                    "config/layer/bidirectional must be False, since a language model is causal; got True."
+                )
             chosen.append(choose("config/layer/_name_", name, _LAYERS)(options, width, layer_key))
     return tuple(chosen)
 

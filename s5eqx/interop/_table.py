@@ -1,5 +1,6 @@
 """What the readers of foreign weights share: options, layouts, and the table of names, read in both directions."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -49,7 +50,8 @@ def choose(name: str, value: Any, offered: Mapping[Any, Any]) -> Any:
 
 
 class Layout(NamedTuple):
-    """How the reference lays an array out: `load` brings it into our form, `save` brings ours back."""
+    """How the reference lays an array out: `load` brings it into our form, `save` brings ours back. A NumPy array stays
+    one while it is loaded, so that nothing is compiled."""
 
     load: Callable = lambda a: a
     save: Callable = lambda a: a
@@ -104,7 +106,7 @@ def arrays(table: Table) -> dict[str, Inexact[Array, "..."]]:
 
 def skips(name: str, bank: ImplicitFilter, layout: Layout = SAME) -> Entry:
     """The skips of implicit filters. The references keep such an array also where they do not use it."""
-    unused = bank.layers[-1].weight.shape[:1] if bank.bias is None else None
+    unused = (int(bank.layers[-1].out_features),) if bank.bias is None else None
     return Entry(name, bank.bias, layout, unused=unused)
 
 
@@ -156,12 +158,14 @@ def _load(entry, given, shape):
         raise ValueError(f"{name} must be of floats (C of S5 may be complex); got {array.dtype}.")
     if entry.known is not None and not np.allclose(np.asarray(array, float), entry.known, rtol=1e-3):
         raise ValueError(f"{name} must have the value that the configuration gives it; it differs. Check the options.")
-    return None if entry.leaf is None else entry.layout.load(as_given(name, array))
+    if entry.leaf is None:
+        return None
+    return jax.tree.map(functools.partial(as_given, name), entry.layout.load(array))
 
 
 def as_given(name: str, array: Shaped[Array, "..."]) -> jax.Array:
-    """`array` for JAX, in its own dtype."""
-    ours = jnp.asarray(array)
+    """A copy of `array` for JAX, in its own dtype."""
+    ours = jnp.array(array)
     if ours.dtype != array.dtype:
         raise ValueError(
             f"{name} must keep its dtype, {array.dtype}, but JAX would make it {ours.dtype}. "

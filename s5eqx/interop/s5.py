@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 from s5eqx._typing import Array, Inexact, checked
 from s5eqx.interop._table import (
@@ -207,7 +208,7 @@ def _with_positions(node):
 
 # 2. The names: one table, read in both directions.
 
-_DENSE = Layout(jnp.transpose, jnp.transpose)  # (in, out)
+_DENSE = Layout(lambda a: a.T, lambda a: a.T)  # (in, out)
 _COLUMN = Layout(lambda a: a[:, 0], lambda a: a[:, None])  # (P, 1)
 _TAPS = Layout(lambda a: a[:, 0], lambda a: a[:, None])  # (K, 1, D)
 _PAIRS = Layout(  # (..., 2)
@@ -216,7 +217,7 @@ _PAIRS = Layout(  # (..., 2)
 
 
 def _pairs(z):
-    return jnp.stack([z.real, z.imag], axis=-1)
+    return np.stack([z.real, z.imag], axis=-1)
 
 
 @functools.singledispatch

@@ -27,7 +27,7 @@ _CLASSES = {
     f"{home.__name__}.{name}": cls
     for home in (nn, models)
     for name, cls in vars(home).items()
-    if inspect.isclass(cls) and issubclass(cls, eqx.Module) and not inspect.isabstract(cls)
+    if inspect.isclass(cls) and issubclass(cls, eqx.Module) and not name.startswith("Abstract")
 } | {
     f"equinox.nn.{cls.__name__}": cls
     for cls in (eqx.nn.Linear, eqx.nn.LayerNorm, eqx.nn.Dropout, eqx.nn.Identity, eqx.nn.Lambda)
@@ -86,21 +86,22 @@ def load(path: str | Path) -> Any:
         tensors = {name: _array(tensor) for name, tensor in safetensors.deserialize(data)}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"]["s5eqx"])
+        found, by, structure = (about[name] for name in ("format", "s5eqx", "structure"))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is damaged: {error}. Save the model again.") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} holds tensors, but no model that `save` wrote. For weights of the official repositories see "
             "`from_safari` and `from_s5`."
         ) from error
     try:
-        if about["format"] != _FORMAT:
-            raise ValueError(f"it has format {about['format']}, of s5eqx {about['s5eqx']}; this one reads {_FORMAT}")
-        model = _build(json.loads(about["structure"]), "", tensors)
+        if found != _FORMAT:
+            raise ValueError(f"it has format {found}, of s5eqx {by}; this version reads format {_FORMAT}")
+        model = _build(json.loads(structure), "", tensors)
         if tensors:
             raise ValueError(f"its structure has no place for {', '.join(tensors)}")
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read by this version of s5eqx: {error}.") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read by s5eqx {__version__}: {error}.") from error
     return model
 
 

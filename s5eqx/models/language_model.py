@@ -7,7 +7,6 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax import lax
 
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
 from s5eqx.models._parts import count_layers, rows, token_rows
@@ -16,6 +15,7 @@ from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.nn._check import check_rate
 from s5eqx.nn._composed import in_chunks, in_parallel, in_steps
 from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
+from s5eqx.nn._position import positions
 from s5eqx.nn._random import split
 from s5eqx.nn.block import Block
 from s5eqx.nn.mlp import MLP
@@ -172,23 +172,12 @@ class LanguageModel(AbstractCausalMixer):
                     f"The model has learned positions for max_length={max_length} tokens; got a sequence of "
                     f"{tokens.size}. Build it with a larger max_length, or pass `reset` for packed sequences."
                 )
-            position, index = _count(position, tokens, reset)
+            position, index = positions(position, tokens.size, None if reset is None else reset.reshape(-1))
             index = eqx.error_if(
                 index,
                 index >= max_length,
                 f"A sequence is longer than the learned positions, max_length={max_length} tokens. Build the "
                 "model with a larger max_length, or reset its state.",
             )
-            h = h + rows(self.positions, index)
+            h = h + rows(self.positions, index.reshape(tokens.shape))
         return position, self.embed_dropout(h, key=key)
-
-
-def _count(position, tokens, reset):
-    """The position after the chunk (one token: `tokens` has no axis), and the position of each token."""
-    time = jnp.arange(tokens.size, dtype=jnp.int32)
-    index = position + time
-    if reset is not None:
-        last = lax.cummax(jnp.where(reset.reshape(-1), time, -1))
-        index = jnp.where(last < 0, index, time - last)
-    after = jnp.concatenate([position[None], index + 1])[-1]
-    return after, index.reshape(tokens.shape)

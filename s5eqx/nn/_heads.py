@@ -25,12 +25,12 @@ def init_pairs(operator: AbstractCausalMixer, head_dim: int) -> PyTree[Array]:
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (head_dim**2, *a.shape)), operator.init_state())
 
 
-def outer(k: Float[Array, "*L D"], v: Float[Array, "*L D"], head_dim: int) -> Float[Array, "..."]:
+def outer(k: Float[Array, "*L D"], v: Float[Array, "*L D"], head_dim: int) -> Float[jax.Array, "..."]:
     """`kv` of shape (*L, H, head_dim^2), or (*L, D) with one channel a head."""
     if head_dim == 1:
-        return k * v
+        return jnp.multiply(k, v)
     k, v = _in_heads(k, head_dim), _in_heads(v, head_dim)
-    return (k[..., :, None] * v[..., None, :]).reshape(*k.shape[:-1], head_dim**2)
+    return jnp.reshape(k[..., :, None] * v[..., None, :], (*k.shape[:-1], head_dim**2))
 
 
 def run_pairs(

@@ -13,6 +13,7 @@ from jax import lax
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_rate
 from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._position import positions
 from s5eqx.nn.linear import linear
 from s5eqx.nn.rotary import Rotary
 from s5eqx.nn.short_conv import ShortConv
@@ -115,7 +116,7 @@ class Attention(AbstractCausalMixer):
         z = linear(self.Wqkv, x)
         if self.short_conv is not None:
             z = self.short_conv(z, reset=reset)
-        position = self._positions(None, len(x), reset)
+        _, position = self._positions(None, len(x), reset)
         q, k, v = self._heads(z, position)
         if reset is None and key_padding_mask is None and len(x) <= self._capacity:
             return self._attend(q, k, v, None, key)
@@ -143,8 +144,7 @@ class Attention(AbstractCausalMixer):
         z = linear(self.Wqkv, x)
         if self.short_conv is not None:
             tail, z = self.short_conv.prefill(tail, z, reset=reset)
-        position = self._positions(index, len(x), reset)
-        after = jnp.concatenate([index[None], position + 1])[-1]
+        after, position = self._positions(index, len(x), reset)
         q, k, v = self._heads(z, position)
         k, v = (jnp.concatenate([jnp.roll(old, -index, axis=0), new]) for old, new in ((old_keys, k), (old_values, v)))
         y = self._attend(q, k, v, self._seen(position, self._capacity), key)
@@ -169,26 +169,24 @@ class Attention(AbstractCausalMixer):
         z = linear(self.Wqkv, x_t)
         if self.short_conv is not None:
             tail, z = self.short_conv.step(tail, z)
-        position = self._positions(index, 1, None)[0]
+        after, (position,) = self._positions(index, 1, None)
         q, k, v = self._heads(z, position)
         row = position % self._capacity
         keys = lax.dynamic_update_index_in_dim(keys, k, row, axis=0)
         values = lax.dynamic_update_index_in_dim(values, v, row, axis=0)
         seen = (row - jnp.arange(self._capacity, dtype=jnp.int32)) % self._capacity <= position
         y = self._attend(q[None], keys, values, seen[None], key)
-        return (tail, position + 1, keys, values), y[0]
+        return (tail, after, keys, values), y[0]
 
     @property
     def _capacity(self):
         return min(length for length in (self.max_length, self.window) if length is not None)
 
     def _positions(self, index, steps, reset):
-        """The position of each token in its own sequence, of which `index` tokens came before, or none."""
-        time = jnp.arange(steps, dtype=jnp.int32)
-        start = jnp.zeros((), jnp.int32) if index is None else -index
-        position = time - (start if reset is None else lax.cummax(jnp.where(reset, time, start)))
+        """As `positions`, from the start where `index` is None, and none beyond `max_length`."""
+        after, here = positions(jnp.zeros((), jnp.int32) if index is None else index, steps, reset)
         if self.max_length is None:
-            return position
+            return after, here
         message = (
             f"A sequence is longer than the attention's max_length, {self.max_length} tokens. Build the layer with a "
             "larger max_length, reset its state, or give it a window and no max_length."
@@ -196,8 +194,8 @@ class Attention(AbstractCausalMixer):
         if reset is None and steps > self.max_length:
             raise ValueError(f"{message} Got {steps}.")
         if index is None and reset is None:
-            return position
-        return eqx.error_if(position, jnp.any(position >= self.max_length), message)
+            return after, here
+        return after, eqx.error_if(here, jnp.any(here >= self.max_length), message)
 
     def _heads(self, z, position):
         heads = (3, self.num_heads, z.shape[-1] // (3 * self.num_heads))

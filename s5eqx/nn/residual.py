@@ -44,7 +44,7 @@ class Residual(eqx.Module):
         - `prenorm`: normalise what enters the branch, not the sum.
         """
         self.norm = eqx.nn.LayerNorm(width)
-        self.mixer = check_width(mixer, width, self.norm.weight.dtype, "mixer")
+        self.mixer = check_width(mixer, width, jnp.result_type(float), "mixer")
         self.dropout = eqx.nn.Dropout(check_rate(dropout, "dropout"))
         self.prenorm = prenorm
         self.tie_dropout = tie_dropout

@@ -18,9 +18,8 @@ def causal_convolution(u: Float[Array, "*batch L D"], k: Float[Array, "K D"]) ->
     dtype = np.promote_types(k.dtype, np.float32)
     length = u.shape[-2]
     k = k[:length]
-    size = scipy.fft.next_fast_len(max(length + len(k) - 1, 1), real=True)
+    size = int(scipy.fft.next_fast_len(max(length + len(k) - 1, 1), real=True))  # pyright: ignore[reportArgumentType]
     transform = lambda a: jnp.fft.rfft(a.astype(dtype), n=size, axis=-2)
-    y = jnp.fft.irfft(
-        transform(u) * jnp.broadcast_to(transform(k), (*u.shape[:-2], size // 2 + 1, k.shape[1])), n=size, axis=-2
-    )
+    spectrum = transform(u)
+    y = jnp.fft.irfft(spectrum * jnp.broadcast_to(transform(k), spectrum.shape), n=size, axis=-2)
     return y[..., :length, :].astype(u.dtype)

@@ -166,6 +166,15 @@ def test_lengths_outside(length, key):
         jax.block_until_ready(quick_jit(model)(features(), length=jnp.asarray(length)))
 
 
+def test_length_of_a_small_integer_type(key):
+    """300 steps do not fit into int8, which holds the length 40."""
+    means = drawn(classifier, key)
+    last = eqx.tree_at(lambda model: model.body.pool, means, LastPool())
+    x = features(300)
+    for model in (means, last):
+        np.testing.assert_allclose(model(x, length=jnp.int8(40)), model(x[:40]), atol=1e-5)
+
+
 def test_what_does_not_fit(key):
     refused = lambda message: pytest.raises(ValueError, match=re.escape(message))
     with refused("at least one step"):
@@ -174,6 +183,8 @@ def test_what_does_not_fit(key):
         Classifier(drawn(lambda key: body(key, num_layers=1), key), 0, key=key)
     with refused("must map width 6 to width 6; BidirectionalS5 refuses"):
         eqx.filter_eval_shape(lambda key: body(key, lambda key: nn.BidirectionalS5(D + 1, 4, key=key)), key)
+    with refused("encoder must be an `eqx.nn.Linear`"):
+        SequenceEncoder(nn.MLP(F, D, key=key), conv, num_layers=1, key=key)
     with refused("whose weights all layers would share"):
         eqx.filter_eval_shape(lambda key: body(key, conv(key)), key)
     with refused("needs num_layers of at least 1; got 0"):

@@ -63,6 +63,8 @@ def test_parts_must_fit(key):
         nn.H3(6, shift, ssm, head_dim=2, key=key)
     with pytest.raises(ValueError, match="shift must map width 6"):
         nn.H3(6, nn.ShiftSSM(3, 3, key=key), ssm, key=key)
+    with pytest.raises(ValueError, match=r"keep their channels apart.* a S5 mixes them"):
+        nn.H3(6, shift, nn.S5(3, 4, key=key), head_dim=2, key=key)
     with pytest.raises(ValueError, match="ssm must be causal"):
         nn.H3(6, shift, nn.BidirectionalS4D(6, 4, key=key), key=key)
 

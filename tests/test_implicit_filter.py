@@ -76,8 +76,16 @@ def test_buffers_have_no_gradient(train_positions, key):
     assert jnp.any(gradient.freq != 0) and all(jnp.any(layer.weight != 0) for layer in gradient.layers)
 
 
+def test_normalised_taps_of_a_window_that_underflows_are_finite(key):
+    bank = nn.ImplicitFilter(D, K, fast_decay=0.01, slow_decay=0.02, normalize=True, key=key)
+    total, gradient = eqx.filter_value_and_grad(lambda bank: jnp.sum(bank.kernels() ** 2))(bank)
+    assert jnp.isfinite(total) and all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
 def test_length_is_bounded_at_call_prefill_and_step(key):
     layer = nn.hyena(D, K, key=key)
+    with pytest.raises(ValueError, match=f"got {K + 1}"):
+        eqx.filter_eval_shape(layer.prefill, layer.init_state(), x(K + 1))
     with pytest.raises(ValueError, match=f"no longer than the kernel, {K} steps; got {K + 1}"):
         layer(x(K + 1))
     state, _ = layer.prefill(layer.init_state(), x(K - 1))
@@ -104,6 +112,8 @@ def test_dropout_asks_for_a_key_and_draws_anew(key):
         (lambda key: nn.hyena(D, K, num_heads=2, order=3, key=key), "Heads need order 2"),
         (lambda key: nn.hyena(D, K, features=4, key=key), "odd and at least 3"),
         (lambda key: nn.hyena(D, 0, key=key), "must be positive"),
+        (lambda key: nn.hyena(D, K, num_heads=0, key=key), "num_heads must be positive"),
+        (lambda key: nn.hyena(D, K, order=1, key=key), "order must be at least 2"),
         (lambda key: nn.hyena(D, K, fast_decay=0.0, key=key), "decays must be positive"),
         (
             lambda key: nn.Hyena(D, nn.ImplicitFilter(D, K, order=3, key=key), key=key),
@@ -112,7 +122,7 @@ def test_dropout_asks_for_a_key_and_draws_anew(key):
         (lambda key: nn.Hyena(D, nn.ImplicitFilter(D + 1, K, key=key), key=key), "must map width 4 to width 4"),
         (
             lambda key: nn.Hyena(D, nn.MixerBank((nn.S5(2, 4, key=key),)), num_heads=2, key=key),
-            "an S5 mixes them all",
+            "a S5 mixes them",
         ),
     ],
 )

@@ -192,6 +192,7 @@ def test_dtypes_follow_the_parameters(case, dtype, key, x64):
     mixer = nn.cast(build(case, key, wide), dtype)
     x, each = inputs(case, dtype=dtype)
     state = mixer.init_state()
+    assert len({id(a) for a in jax.tree.leaves(state)}) == len(jax.tree.leaves(state)), "each can be donated"
     complex_dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
     assert {a.dtype for a in jax.tree.leaves(state)} <= {jnp.dtype(d) for d in (dtype, wide, complex_dtype, jnp.int32)}
     for way in (whole, chunks, steps):

@@ -13,7 +13,7 @@ import tiny
 
 from s5eqx.data import Batch
 from s5eqx.models import LanguageModel
-from s5eqx.nn import S5, BidirectionalS5, Buffer, ImplicitFilter, ShortConv, cast
+from s5eqx.nn import MLP, S5, BidirectionalS5, Buffer, ImplicitFilter, ShortConv, Stack, cast
 from s5eqx.train import (
     DefaultGroups,
     PublishedCosine,
@@ -125,6 +125,9 @@ def test_labels_of_stacked_layers_are_those_of_the_layers(policy, key):
     )
     stacked, plain = (policy.labels(build(stack)).backbone.blocks for stack in (True, False))
     assert by_path(stacked.layer) == by_path(plain[0])
+    layer = MLP(3, 4, key=key)
+    twice = Stack.of([Stack.of([layer, layer])] * 2)
+    assert by_path(policy.labels(twice).layer.layer) == by_path(policy.labels(layer))
 
 
 class Frozen(eqx.Module):

@@ -27,7 +27,14 @@ def count_layers(mixer: Callable[[PRNGKeyArray], Mixer] | tuple[Mixer, ...], num
             raise ValueError(
                 f"num_layers={num_layers} must be the number of mixers, or left out; got {len(mixer)} mixers."
             )
+        if len({id(layer) for layer in mixer}) < len(mixer):
+            raise ValueError("Every layer needs a mixer of its own; got one object twice. Build each from a new key.")
         return len(mixer)
+    if not callable(mixer):
+        raise ValueError(
+            f"mixer must be a factory `key -> mixer` or a tuple of mixers; got a {type(mixer).__name__}. Write "
+            "`tuple(mixers)`."
+        )
     if num_layers is None or num_layers < 1:
         raise ValueError(f"A factory of mixers needs num_layers of at least 1; got {num_layers}.")
     return num_layers

@@ -66,6 +66,8 @@ class SequenceEncoder(eqx.Module):
         - `remat`: compute the inside of a branch again in the backward pass instead of keeping it.
         - `init`: draws the embedding and redraws the dense layers.
         """
+        if not isinstance(encoder, eqx.nn.Linear | eqx.nn.Embedding):
+            raise ValueError(f"encoder must be an `eqx.nn.Linear` or an `eqx.nn.Embedding`; got {encoder!r}.")
         num_layers = count_layers(mixer, num_layers)
         encoder_key, mixer_key, mlp_key, init_key = jr.split(key, 4)
         mixers = mixer if isinstance(mixer, tuple) else tuple(map(mixer, jr.split(mixer_key, num_layers)))
@@ -99,7 +101,7 @@ class SequenceEncoder(eqx.Module):
             raise ValueError("A sequence must have at least one step to be classified; got none.")
         if length is not None:
             length = _inside(length, len(x))
-            inside = jnp.arange(len(x), dtype=length.dtype) < length
+            inside = jnp.arange(len(x), dtype=jnp.int32) < length
             x = jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x))
         h = self._encode(x)
         apply = lambda residual, h, key: residual(h, length=length, key=key)
@@ -178,6 +180,7 @@ class RetrievalClassifier(eqx.Module):
 
 
 def _inside(length: Int[Array, ""], steps: int) -> Int[Array, ""]:
+    length = length.astype(jnp.int32)
     return eqx.error_if(
         length,
         (length < 1) | (length > steps),

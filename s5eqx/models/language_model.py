@@ -28,8 +28,8 @@ class LanguageModel(AbstractCausalMixer):
         logits = unembed(backbone(embed(tokens))),   unembed(h) = h E^T
 
     with `embed(tokens) = E[tokens]`, plus learned positions where `max_length` is given. `E` is tied: one
-    array used twice. A token outside the vocabulary gives NaN; with the environment variable `S5EQX_DEBUG=1`, read when
-    a call is traced, it is an error.
+    array used twice. A token outside the vocabulary gives NaN, which an FFT or attention spreads to all steps; with the
+    environment variable `S5EQX_DEBUG=1`, read when a call is traced, it is an error.
 
     The state is the position of the next token (None without learned positions) and the backbone's state.
     A reset starts a new sequence, at position 0.

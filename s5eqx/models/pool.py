@@ -25,7 +25,7 @@ class MeanPool(AbstractPool):
         h = h.astype(np.promote_types(h.dtype, np.float32))
         if length is None:
             return jnp.mean(h, axis=0)
-        inside = jnp.arange(len(h), dtype=length.dtype) < length
+        inside = jnp.arange(len(h), dtype=jnp.int32) < length.astype(jnp.int32)
         return jnp.sum(jnp.where(inside[:, None], h, jnp.zeros_like(h)), axis=0) / length.astype(h.dtype)
 
 
@@ -34,5 +34,5 @@ class LastPool(AbstractPool):
 
     @checked
     def __call__(self, h: Float[Array, "L D"], length: Int[Array, ""] | None = None) -> Float[Array, " D"]:
-        last = h[-1] if length is None else h[length - 1]
+        last = h[-1] if length is None else h[length.astype(jnp.int32) - 1]
         return last.astype(np.promote_types(h.dtype, np.float32))

@@ -106,4 +106,7 @@ class AbstractCausalMixer(AbstractMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree[Array], Float[Array, " D"]]:
-        """One step. The carry comes first and keeps its dtypes, so that it fits `jax.lax.scan`."""
+        """One step. The carry comes first and keeps its dtypes, so that it fits `jax.lax.scan`.
+
+        Outside `jax.jit` take `step = mixer.step` once: to JAX every look-up is a new function, to be compiled.
+        """

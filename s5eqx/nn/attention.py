@@ -36,7 +36,8 @@ class Attention(AbstractCausalMixer):
     Source: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762); with a short convolution, the attention
     layers of Fu et al., "Hungry Hungry Hippos" (arXiv 2212.14052).
 
-    Differs from the reference: what is masked has weight zero, where the code subtracts 10,000 from its score.
+    Differs from the reference: what is masked has weight zero, where the code subtracts 10,000 from its score. A value
+    that is not finite still spoils all outputs of a call, since zero times it is no number.
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
@@ -123,13 +124,14 @@ class Attention(AbstractCausalMixer):
         seen = self._seen(position, 0)
         if key_padding_mask is not None:
             seen &= key_padding_mask[None]
+            k, v = (jnp.where(key_padding_mask[:, None, None], rows, jnp.zeros_like(rows)) for rows in (k, v))
         return self._attend(q, k, v, seen, key)
 
     def init_state(self) -> State:
         tail = None if self.short_conv is None else self.short_conv.init_state()
         width, heads = self.Wqkv.weight.shape[1], self.num_heads
         cache = jnp.zeros((self._capacity, heads, width // heads), self.Wqkv.weight.dtype)
-        return tail, jnp.zeros((), jnp.int32), cache, cache
+        return tail, jnp.zeros((), jnp.int32), cache, jnp.zeros_like(cache)
 
     @checked
     def prefill(

@@ -36,12 +36,9 @@ class Convolution(AbstractCausalMixer):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "L D"]:
         refuse_reset(self, reset)
-        if len(x) > len(self.kernel):
-            raise ValueError(
-                f"A sequence must be no longer than the kernel, {len(self.kernel)} steps; got {len(x)}. Build "
-                "the layer with a larger max_length."
-            )
-        return ops.causal_convolution(x, self.kernel) + self._skip(x)
+        self._check_length(len(x))
+        u = x.astype(self.skip.dtype)
+        return (ops.causal_convolution(u, self.kernel) + self.skip[None] * u).astype(x.dtype)
 
     def init_state(self) -> State:
         return jnp.zeros((), jnp.int32), jnp.zeros_like(self.kernel[1:])
@@ -57,9 +54,9 @@ class Convolution(AbstractCausalMixer):
     ) -> tuple[State, Float[Array, "L D"]]:
         refuse_reset(self, reset)
         position, window = self._advance(state, len(x))
-        inputs = jnp.concatenate([window, x.astype(window.dtype)])
-        y = ops.causal_convolution(inputs, self.kernel)[len(window) :].astype(x.dtype)
-        return (position, inputs[len(x) :]), y + self._skip(x)
+        u = x.astype(self.skip.dtype)
+        y = ops.causal_convolution(u, self.kernel, window) + self.skip[None] * u
+        return (position, jnp.concatenate([window, u])[len(x) :]), y.astype(x.dtype)
 
     @checked
     def step(
@@ -72,14 +69,20 @@ class Convolution(AbstractCausalMixer):
     ) -> tuple[State, Float[Array, " D"]]:
         refuse_reset(self, reset)
         position, window = self._advance(state, 1)
-        inputs = jnp.concatenate([window, x_t.astype(window.dtype)[None]])
-        y_t = jnp.sum(self.kernel[::-1] * inputs, axis=0).astype(x_t.dtype)
-        return (position, inputs[1:]), y_t + self._skip(x_t)
+        u = x_t.astype(self.skip.dtype)
+        inputs = jnp.concatenate([window, u[None]])
+        y_t = jnp.sum(self.kernel[::-1] * inputs, axis=0) + self.skip * u
+        return (position, inputs[1:]), y_t.astype(x_t.dtype)
 
-    def _skip(self, x):
-        return (jnp.broadcast_to(self.skip, x.shape) * x.astype(self.skip.dtype)).astype(x.dtype)
+    def _check_length(self, steps):
+        if steps > len(self.kernel):
+            raise ValueError(
+                f"A sequence must be no longer than the kernel, {len(self.kernel)} steps; got {steps}. Build "
+                "the layer with a larger max_length."
+            )
 
     def _advance(self, state, steps):
+        self._check_length(steps)
         position, window = state
         position = eqx.error_if(
             position + steps,

@@ -8,7 +8,7 @@ import jax.random as jr
 from s5eqx._typing import Array, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_mixer
 from s5eqx.nn._composed import AbstractComposedMixer
-from s5eqx.nn._heads import contract, init_pairs, outer, run_pairs
+from s5eqx.nn._heads import check_apart, contract, init_pairs, outer, run_pairs
 from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
 from s5eqx.nn._random import split
 from s5eqx.nn.diagonal_ssm import DiagonalSSM
@@ -67,6 +67,8 @@ class H3(AbstractComposedMixer):
         self.v_proj = eqx.nn.Linear(width, width, key=v_key)
         self.shift = check_mixer(shift, width, self.k_proj.weight.dtype, "shift")
         self.ssm = check_mixer(ssm, width // head_dim, self.k_proj.weight.dtype, "ssm")
+        if head_dim > 1:
+            check_apart(self.ssm)
         self.output_linear = eqx.nn.Linear(width, width, key=out_key)
         self.head_dim = head_dim
 

@@ -10,7 +10,7 @@ import jax.random as jr
 from s5eqx._typing import Array, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_mixer, check_rate
 from s5eqx.nn._composed import AbstractComposedMixer
-from s5eqx.nn._heads import contract, init_pairs, outer, run_pairs
+from s5eqx.nn._heads import check_apart, contract, init_pairs, outer, run_pairs
 from s5eqx.nn._random import split
 from s5eqx.nn.bank import AbstractFilterBank, MixerBank
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
@@ -75,12 +75,7 @@ class Hyena(AbstractComposedMixer):
         """
         if width < 1 or short_filter < 0:
             raise ValueError(f"width must be positive and short_filter at least 0; got {width} and {short_filter}.")
-        if order < 2:
-            raise ValueError(f"order must be at least 2, a gate before the operator and one after; got {order}.")
-        if num_heads < 1 or width % num_heads:
-            raise ValueError(f"num_heads must be positive and divide the width {width}; got {num_heads}.")
-        if num_heads > 1 and order > 2:
-            raise ValueError(f"Heads need order 2: keys, values and queries; got num_heads={num_heads}, order={order}.")
+        _check_heads(width, num_heads, order)
         in_key, conv_key, out_key = jr.split(key, 3)
         self.in_proj = eqx.nn.Linear(width, (order + 1) * width, key=in_key)
         self.short_conv = ShortConv((order + 1) * width, short_filter, key=conv_key) if short_filter else None
@@ -89,6 +84,8 @@ class Hyena(AbstractComposedMixer):
         self.dropout = eqx.nn.Dropout(check_rate(dropout, "dropout"))
         self.out_proj = eqx.nn.Linear(width, width, key=out_key)
         self.num_heads = num_heads
+        if not isinstance(bank, AbstractFilterBank):
+            raise ValueError(f"bank must be a filter bank, such as `MixerBank((mixer, ...))`; got {bank!r}.")
         operators = eqx.filter_eval_shape(bank.operators)
         if len(operators) != order - 1:
             raise ValueError(
@@ -98,8 +95,8 @@ class Hyena(AbstractComposedMixer):
         channels = width if num_heads == 1 else num_heads
         for o, operator in enumerate(operators):
             check_mixer(operator, channels, self.in_proj.weight.dtype, f"operator {o} of the bank")
-            if num_heads > 1 and isinstance(operator, S5):
-                raise ValueError("Heads need operators that keep their channels apart; an S5 mixes them all.")
+            if num_heads > 1:
+                check_apart(operator)
 
     def init_state(self) -> PyTree[Array]:
         tail = None if self.short_conv is None else self.short_conv.init_state()
@@ -153,6 +150,7 @@ def hyena(
 
     Source: Poli et al., "Hyena Hierarchy" (arXiv 2302.10866).
     """
+    _check_heads(width, num_heads, order)
     layer_key, bank_key = jr.split(key)
     bank = ImplicitFilter(
         width if num_heads == 1 else num_heads,
@@ -209,8 +207,7 @@ def hyena_s5(
 
     Source: the `development` branch of the S5 code.
     """
-    if order < 2:
-        raise ValueError(f"order must be at least 2: a gate before the operator, one after; got {order}.")
+    _check_heads(width, 1, order)
     layer_key, *operator_keys = jr.split(key, order)
     operators = []
     for operator_key in operator_keys:
@@ -233,3 +230,12 @@ def hyena_s5(
         )
     bank = MixerBank(tuple(operators))
     return Hyena(width, bank, order=order, short_filter=short_filter, dropout=dropout, key=layer_key)
+
+
+def _check_heads(width, num_heads, order):
+    if order < 2:
+        raise ValueError(f"order must be at least 2, a gate before the operator and one after; got {order}.")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must be positive and divide the width {width}; got {num_heads}.")
+    if num_heads > 1 and order > 2:
+        raise ValueError(f"Heads need order 2: keys, values and queries; got num_heads={num_heads}, order={order}.")

@@ -126,12 +126,13 @@ class ImplicitFilter(AbstractFilterBank):
         h = self.z() if isinstance(self.z, Buffer) else self.z
         *hidden, last = self.layers
         for layer in hidden:
-            h = jnp.sin(self.freq[None] * linear(layer, h))
-        h = linear(last, h)
+            h = jnp.sin(self.freq[None] * linear(layer, h, precision="highest"))  # sines amplify what a GPU rounds
+        h = linear(last, h, precision="highest")
         if self.modulate:
             h = h * (jnp.exp(-self.t()[:, None] * jnp.abs(self.deltas())[None]) + self.shift)
         if self.normalize:
-            h = h / jnp.sum(jnp.abs(h), axis=1, keepdims=True)
+            norm = jnp.sum(jnp.abs(h), axis=1, keepdims=True)
+            h = h / jnp.maximum(norm, jnp.finfo(h.dtype).tiny ** 0.5)  # a fast window underflows
         return jnp.moveaxis(h.reshape(len(h), -1, self.order - 1), -1, 0)
 
     def operators(self) -> tuple[Convolution, ...]:

@@ -7,11 +7,13 @@ from s5eqx._typing import Array, Float, checked
 
 
 @checked
-def linear(layer: eqx.nn.Linear, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D_out"]:
-    """`x W.T + b` on the last axis of `x`.
+def linear(
+    layer: eqx.nn.Linear, x: Float[Array, "*rows D"], *, precision: str | None = None
+) -> Float[Array, "*rows D_out"]:
+    """`x W.T + b` on the last axis of `x`. `precision` is that of `jnp.matmul`.
 
     `layer` only holds the weights. `jax.vmap(layer)(x)` computes the same; this form stays two-dimensional
     on CPU, where that is the faster one.
     """
-    y = x @ layer.weight.T
+    y = jnp.matmul(x, layer.weight.T, precision=precision)
     return y if layer.bias is None else y + jnp.broadcast_to(layer.bias, y.shape)

@@ -33,7 +33,8 @@ class SquashedConvolution(AbstractCausalMixer):
 
     Source: Fu et al., "Simple Hardware-Efficient Long Convolutions for Sequence Modeling" (arXiv 2302.06646).
 
-    Differs from the reference: it streams; the kernel is as long as `max_length`, and a longer sequence is refused.
+    Differs from the reference: it streams; the kernel is as long as `max_length`, and a longer sequence is refused;
+    under `jax.vmap` over keys, each example drops other taps.
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ("kernel", "D")

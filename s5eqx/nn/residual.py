@@ -60,8 +60,8 @@ class Residual(eqx.Module):
         mixer_key, dropout_key = split(key, 2)
         h = layer_norm(self.norm, x) if self.prenorm else x
         if length is not None:
-            time = jnp.arange(len(x), dtype=length.dtype)
-            h = jnp.where((time < length)[:, None], h, jnp.zeros_like(h))
+            inside = jnp.arange(len(x), dtype=jnp.int32) < length.astype(jnp.int32)
+            h = jnp.where(inside[:, None], h, jnp.zeros_like(h))
         h = self.mixer(h, key=mixer_key)
         kept = self.dropout(jnp.ones_like(h[:1] if self.tie_dropout else h), key=dropout_key)
         h = h * jnp.broadcast_to(kept, h.shape)

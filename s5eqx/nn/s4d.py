@@ -27,8 +27,8 @@ class S4D(AbstractComposedMixer):
 
     Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv 2206.11893).
 
-    Differs from the reference: the dropout is of single entries, not of a channel for the whole sequence; see
-    `DiagonalSSM` for the rest.
+    Differs from the reference: the dropout is of single entries, not of a channel for the whole sequence; the real
+    parts of the safari form start at -0.5, not -0.5001; see `DiagonalSSM` for the rest.
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()

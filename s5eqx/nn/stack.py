@@ -1,5 +1,6 @@
 """Equal layers held as one, so that a deep model compiles as fast as a shallow one."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -30,8 +31,9 @@ class Stack(AbstractComposedMixer):
     @classmethod
     def of(cls, layers: Sequence[AbstractCausalMixer]) -> "Stack":
         """The stack of plain layers, the one that is applied first in front."""
-        if not layers:
-            raise ValueError("A stack needs at least one layer; got none.")
+        if not layers or not all(isinstance(layer, AbstractCausalMixer) for layer in layers):
+            given = ", ".join(type(layer).__name__ for layer in layers)
+            raise ValueError(f"A stack needs at least one layer, and causal mixers only; got {given or 'none'}.")
         arrays, rests = zip(*(eqx.partition(layer, eqx.is_array) for layer in layers), strict=True)
         form = lambda i: (jax.tree.structure(arrays[i]), [(a.shape, a.dtype) for a in jax.tree.leaves(arrays[i])])
         for i, rest in enumerate(rests):
@@ -54,7 +56,7 @@ class Stack(AbstractComposedMixer):
         return self.num_layers
 
     def __getitem__(self, i: int) -> Any:
-        i = range(self.num_layers)[i]
+        i = range(self.num_layers)[operator.index(i)]
         return jax.tree.map(lambda leaf: leaf[i] if eqx.is_array(leaf) else leaf, self.layer)
 
     def __iter__(self) -> Iterator[Any]:

@@ -138,12 +138,16 @@ class DefaultGroups(AbstractGroups):
         return jax.tree.map(label, recurrence_mask(params), _ndims(params))
 
 
-def _ndims(params):
-    """The number of axes of each leaf, without the one of a stack's layers."""
+def _ndims(params, stacks=0):
+    """The number of axes of each leaf, without those of the stacks it is in."""
     is_stack = lambda node: isinstance(node, Stack)
-    return jax.tree.map(
-        lambda node: jax.tree.map(lambda leaf: leaf.ndim - is_stack(node), node), params, is_leaf=is_stack
-    )
+
+    def ndims(node):
+        if is_stack(node):
+            return eqx.tree_at(lambda stack: stack.layer, node, _ndims(node.layer, stacks + 1))
+        return node.ndim - stacks
+
+    return jax.tree.map(ndims, params, is_leaf=is_stack)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from s5eqx.interop._table import LEADING, SAME, Entry, Layout, Table, skips, under
+from s5eqx.interop._table import LEADING, SAME, TAPS_LAST, Entry, Layout, Table, skips, under
 from s5eqx.nn import (
     GLU,
     H3,
@@ -21,7 +21,6 @@ from s5eqx.nn import (
     SquashedConvolution,
 )
 
-_CONV = Layout(lambda a: a[:, 0].T, lambda a: a.T[:, None])  # (D, 1, K)
 _COLUMN = Layout(lambda a: a[0, :, 0], lambda a: a[None, :, None])  # (1, L, 1)
 _ROW = Layout(lambda a: a[0, 0], lambda a: a[None, None])  # (1, 1, D)
 _PIXEL = Layout(lambda a: a[..., 0], lambda a: a[..., None])  # (D, D, 1)
@@ -41,7 +40,7 @@ def _norm(name, norm) -> Table:
 
 
 def _short_conv(name, conv) -> Table:
-    yield Entry(f"{name}.weight", conv.weight, _CONV)
+    yield Entry(f"{name}.weight", conv.weight, TAPS_LAST)
     yield Entry(f"{name}.bias", conv.bias)
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn.short_conv import keep_rows
 
 
 class ShiftSSM(AbstractCausalMixer):
@@ -85,8 +86,8 @@ class ShiftSSM(AbstractCausalMixer):
         old = jnp.pad(state, ((0, 0), (min(length, size), 0)))[:, :size]
         if reset is not None:
             sequence = jnp.cumsum(reset, dtype=jnp.int32)
-            before = _where(sequence == 0, before)
-            last = _where(sequence == sequence[-1:], u)
+            before = keep_rows(sequence == 0, before)
+            last = keep_rows(sequence == sequence[-1:], u)
             old = jnp.where(sequence[-1] == 0, old, jnp.zeros_like(old))
         y = self._respond(u, reset) + before
         newest = jnp.pad(last[::-1][:size], ((0, max(0, size - length)), (0, 0)))
@@ -113,7 +114,7 @@ class ShiftSSM(AbstractCausalMixer):
         if reset is None:
             return ops.causal_convolution(u, self.kernel()) + skip
         # A partial sum waits a step for each further tap, and a reset drops what of it comes from before.
-        late = lambda y: _where(~reset, jnp.pad(y, ((1, 0), (0, 0)))[:-1])
+        late = lambda y: keep_rows(~reset, jnp.pad(y, ((1, 0), (0, 0)))[:-1])
         y, _ = lax.scan(lambda y, tap: (late(y) + tap[None] * u, None), jnp.zeros_like(u), self.kernel()[::-1])
         return y + skip
 
@@ -123,7 +124,3 @@ class ShiftSSM(AbstractCausalMixer):
         fast = scipy.fft.next_fast_len(2 * size - 1, real=True)
         C, state = (jnp.fft.rfft(a, n=fast, axis=1) for a in (self.C, state))
         return jnp.fft.irfft(C * jnp.conj(state), n=fast, axis=1)[:, :size].T
-
-
-def _where(keep, rows):
-    return jnp.where(keep[:, None], rows, jnp.zeros_like(rows))

@@ -66,12 +66,12 @@ class ShortConv(AbstractCausalMixer):
         for k in range(1, len(taps)):
             before = jnp.sum(self.weight[:k] * state[-k:], axis=0, keepdims=True)
             late = jnp.concatenate([before, y])[: len(x)]
-            y = (late if reset is None else _where(~reset, late)) + taps[k] * x
+            y = (late if reset is None else keep_rows(~reset, late)) + taps[k] * x
         tail = jnp.concatenate([state, x])[len(x) :]
         if reset is not None:
             # Samples of one sequence share a number; what the tail still holds belongs to sequence 0.
             sequence = jnp.pad(jnp.cumsum(reset, dtype=jnp.int32), (len(state), 0))
-            tail = _where(sequence[len(x) :] == sequence[-1:], tail)
+            tail = keep_rows(sequence[len(x) :] == sequence[-1:], tail)
         return tail, y + self.bias[None]
 
     @checked
@@ -89,5 +89,6 @@ class ShortConv(AbstractCausalMixer):
         return window[1:], jnp.sum(self.weight * window, axis=0) + self.bias
 
 
-def _where(keep, rows):
+def keep_rows(keep: Bool[Array, " L"], rows: Float[Array, "L D"]) -> Float[Array, "L D"]:
+    """The rows that are to be kept, and zeros in place of the others, whatever they hold."""
     return jnp.where(keep[:, None], rows, jnp.zeros_like(rows))

@@ -183,8 +183,6 @@ def test_what_does_not_fit(key):
         Classifier(drawn(lambda key: body(key, num_layers=1), key), 0, key=key)
     with refused("must map width 6 to width 6; BidirectionalS5 refuses"):
         eqx.filter_eval_shape(lambda key: body(key, lambda key: nn.BidirectionalS5(D + 1, 4, key=key)), key)
-    with refused("encoder must be an `eqx.nn.Linear`"):
-        SequenceEncoder(nn.MLP(F, D, key=key), conv, num_layers=1, key=key)
     with refused("whose weights all layers would share"):
         eqx.filter_eval_shape(lambda key: body(key, conv(key)), key)
     with refused("needs num_layers of at least 1; got 0"):

@@ -243,7 +243,6 @@ def test_models_without_positions_take_any_length(key):
         ({"mixer": nn.ShortConv(D, 3, key=jr.key(0))}, "whose weights all layers would share"),
         ({"mixer": (nn.ShortConv(D, 3, key=jr.key(0)),)}, "must be the number of mixers, or left out; got 1"),
         ({"mixer": (), "num_layers": None}, "at least one layer"),
-        ({"mixer": [nn.ShortConv(D, 3, key=jr.key(0))] * 2}, "got a list"),
         ({"mixer": (nn.ShortConv(D, 3, key=jr.key(0)),) * 2}, "got one object twice"),
         ({"num_layers": None}, "needs num_layers of at least 1; got None"),
         ({"num_layers": 0}, "needs num_layers of at least 1; got 0"),

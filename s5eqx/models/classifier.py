@@ -67,7 +67,9 @@ class SequenceEncoder(eqx.Module):
         - `init`: draws the embedding and redraws the dense layers.
         """
         if not isinstance(encoder, eqx.nn.Linear | eqx.nn.Embedding):
-            raise ValueError(f"encoder must be an `eqx.nn.Linear` or an `eqx.nn.Embedding`; got {encoder!r}.")
+            raise ValueError(
+                f"encoder must be an `eqx.nn.Linear` or an `eqx.nn.Embedding`; got a {type(encoder).__name__}."
+            )
         num_layers = count_layers(mixer, num_layers)
         encoder_key, mixer_key, mlp_key, init_key = jr.split(key, 4)
         mixers = mixer if isinstance(mixer, tuple) else tuple(map(mixer, jr.split(mixer_key, num_layers)))

@@ -85,7 +85,9 @@ class Hyena(AbstractComposedMixer):
         self.out_proj = eqx.nn.Linear(width, width, key=out_key)
         self.num_heads = num_heads
         if not isinstance(bank, AbstractFilterBank):
-            raise ValueError(f"bank must be a filter bank, such as `MixerBank((mixer, ...))`; got {bank!r}.")
+            raise ValueError(
+                f"bank must be a filter bank, such as `MixerBank((mixer, ...))`; got a {type(bank).__name__}."
+            )
         operators = eqx.filter_eval_shape(bank.operators)
         if len(operators) != order - 1:
             raise ValueError(

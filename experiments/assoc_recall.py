@@ -26,6 +26,7 @@ from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import tyro
 
 from s5eqx import nn
@@ -133,6 +134,11 @@ def hyena_s5(s: Settings, key):
     )
 
 
+def lru(s: Settings, key):
+    layer_key, activation_key = jr.split(key)
+    return nn.LRU(s.width, s.state_size // 2, activation=nn.HalfGLU2(s.width, key=activation_key), key=layer_key)
+
+
 def max_length(s: Settings):
     return s.length + 2
 
@@ -144,7 +150,7 @@ MIXERS = {
     "s4d": lambda s, key: nn.S4D(s.width, s.state_size, dt_min=s.dt_min, dt_max=s.dt_max, key=key),
     "long-conv": lambda s, key: nn.LongConv(s.width, max_length(s), init=nn.GeometricDecay(), key=key),
     "attention": lambda s, key: nn.Attention(s.width, max_length=max_length(s), rotary=nn.Rotary(s.width), key=key),
-    "lru": lambda s, key: nn.LRU(s.width, s.state_size // 2, activation=nn.HalfGLU2(s.width, key=key), key=key),
+    "lru": lru,
     "rg-lru": lambda s, key: nn.RGLRU(s.width, key=key),
 }
 

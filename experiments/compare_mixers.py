@@ -24,7 +24,7 @@ def main(mixers: list[str], given: list[str], file: Path | None):
     print("| mixer | accuracy on 4,000 | seconds, start to end | to 99 % |\n|---|---|---|---|", flush=True)
     for mixer in mixers:
         done = subprocess.run(
-            [sys.executable, SCRIPT, "--mixer", mixer, *given], stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, SCRIPT, *given, "--mixer", mixer], stdout=subprocess.PIPE, text=True, check=True
         )
         result = results[mixer] = json.loads(done.stdout.splitlines()[-1])
         reached = result["seconds_to_99"]

@@ -10,7 +10,7 @@ from helpers import to_complex
 from s5_fixture import Fixture
 
 from s5eqx.interop import from_safari, layer_from_s5, layer_from_safari, layer_to_safari, to_s5, to_safari
-from s5eqx.nn import Buffer, materialise
+from s5eqx.nn import S4D, Attention, Buffer, materialise
 
 SSM = "s5ssm_trunc_conj1_clip1_gelu"
 
@@ -155,6 +155,10 @@ def test_names_may_have_a_prefix_and_the_head_its_own_name():
     params, config = fixture.params(np.float32), fixture.meta["config"]
     model = from_safari(params, config)
     assert eqx.tree_equal(from_safari({f"model.{name}": a for name, a in params.items()}, config), model)
+    part = {name: f"model.{name}" if "ln_f" in name else name for name in params}  # as in a file with a bare alias
+    assert eqx.tree_equal(from_safari({part[name]: a for name, a in params.items()}, config), model)
+    with pytest.raises(ValueError, match=r"with and without `model\.`"):
+        from_safari(params | {"model.backbone.ln_f.bias": params["backbone.ln_f.bias"]}, config)
     full = to_safari(model)
     assert full.keys() - params.keys() == {"lm_head.weight"}
     assert eqx.tree_equal(from_safari(full, config), model)
@@ -268,3 +272,48 @@ def test_layers_of_safari_that_do_not_fit_are_refused():
 
 def _is_buffer(node):
     return isinstance(node, Buffer)
+
+
+def test_width_of_an_mlp_comes_from_its_arrays():
+    fixture = safari_fixture.Fixture("block_a")
+    params = fixture.params(np.float32)
+    params["mlp.fc1.weight"], params["mlp.fc1.bias"] = params["mlp.fc1.weight"][:5], params["mlp.fc1.bias"][:5]
+    params["mlp.fc2.weight"] = params["mlp.fc2.weight"][:, :5]
+    assert fixture.load(params).mlp.fc1.out_features == 5
+
+
+def test_standalone_hyena_ignores_what_its_code_ignores():
+    fixture = safari_fixture.Fixture("hyena_standalone_o3")
+    params = fixture.params(np.float32)
+    fixture.meta |= {"normalized": True, "bias": False, "short_filter_order": 4}
+    layer = fixture.load(params)
+    assert not layer.bank.normalize and layer.bank.bias is not None and len(layer.short_conv.weight) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("longconv_squash_C1", {"causal": False}, "causal must be True"),
+        ("longconv_kernel_squash_envelope", {"causal": False}, "causal must be True"),
+        ("hyena_o2", {"modulation_lr": 0.001}, "modulation_lr must be 0.0"),
+        ("longconv_squash_C1", {"postact": None}, "postact must be one of 'id', 'glu'; got None"),
+    ],
+)
+def test_option_of_safari_that_changes_the_function_is_refused(name, options, words):
+    fixture = safari_fixture.Fixture(name)
+    fixture.meta |= options
+    with pytest.raises(ValueError, match=words):
+        fixture.load(fixture.params(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "words"),
+    [
+        ("mha", lambda key: Attention(4, window=3, key=key), "window=3"),
+        ("s4d_layer_safari", lambda key: S4D(4, 4, bandlimit=0.5, key=key), "bandlimit=0.5"),
+        ("s4d_layer_safari", lambda key: S4D(4, 4, train_B=True, key=key), "a B of its own"),
+    ],
+)
+def test_what_safari_would_compute_differently_is_not_written(kind, build, words, key):
+    with pytest.raises(ValueError, match=words):
+        layer_to_safari(kind, build(key))

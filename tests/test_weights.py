@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from s5eqx import nn
-from s5eqx.interop import load, save
+from s5eqx.interop import load, save, weights
 from s5eqx.models import LanguageModel
 
 D = 8
@@ -134,9 +135,16 @@ def rewrite(path, change):
     about = json.loads(header["__metadata__"]["s5eqx"])
     structure = json.loads(about["structure"])
     about = change(about, structure, header) or about
-    header["__metadata__"]["s5eqx"] = json.dumps(about | {"structure": json.dumps(structure)})
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    about |= {"structure": json.dumps(structure)}
+
+    def whole():
+        header["__metadata__"]["s5eqx"] = json.dumps(about)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+    arrays = {name: np.frombuffer(tensor["data"], np.uint8) for name, tensor in safetensors.deserialize(whole())}
+    about["crc32"] = weights._checksum(about["structure"], arrays)
+    path.write_bytes(whole())
 
 
 DEEP = "[" * 100_000
@@ -170,6 +178,29 @@ def test_a_header_that_does_not_fit_is_refused(change, words, key, tmp_path):
         load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("what", ["data", "structure"])
+def test_damage_is_seen(what, key, tmp_path):
+    """One bit of an array, or one digit of the structure."""
+    path = tmp_path / "model"
+    save(path, nn.Attention(D, 2, max_length=16, key=key))
+    data = path.read_bytes()
+    if what == "data":
+        damaged = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
+    else:
+        at = data.index(b"num_heads")
+        at += data[at:].index(b": 2") + 2
+        damaged = data[:at] + b"4" + data[at + 1 :]
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="checksum, so it is damaged"):
+        load(path)
+
+
+def test_numpy_scalars_are_numbers(tmp_path):
+    save(tmp_path / "model", eqx.nn.Dropout(np.float32(0.25)))
+    rate = load(tmp_path / "model").p
+    assert rate == 0.25 and type(rate) is float
+
+
 def test_nothing_that_a_file_names_is_run(key, tmp_path, monkeypatch):
     save(tmp_path / "model", nn.ShortConv(D, 3, key=key))
 
@@ -196,7 +227,7 @@ def test_other_files_are_refused(key, tmp_path):
         safetensors.numpy.save_file({"w": np.ones(3)}, path, metadata)
         with pytest.raises(ValueError, match=r"no model that `save` wrote.*from_safari"):
             load(path)
-    about = {"format": "1", "s5eqx": "0", "structure": DEEP}
+    about = {"format": "1", "s5eqx": "0", "structure": DEEP, "crc32": weights._checksum(DEEP, {})}
     safetensors.numpy.save_file({}, path, {"s5eqx": json.dumps(about)})
     with pytest.raises(ValueError, match="cannot be read"):
         load(path)

@@ -11,10 +11,12 @@ from s5eqx.nn import (
     GLU,
     H3,
     S4D,
+    ZOH,
     Attention,
     BidirectionalLongConv,
     BidirectionalS4D,
     Buffer,
+    ExpReal,
     Hyena,
     ImplicitFilter,
     LongConv,
@@ -49,7 +51,8 @@ def _hyena_table(layer, filter_channels=lambda bank: SAME) -> Table:
     if not isinstance(bank, ImplicitFilter) or layer.short_conv is None or layer.num_heads > 1:
         raise ValueError(
             "safari has names for a Hyena over an ImplicitFilter, with a short convolution and without heads; this one "
-            f"has a bank {type(bank).__name__}. Convert a model before it is materialised."
+            f"has a bank {type(bank).__name__}, {'no' if layer.short_conv is None else 'a'} short convolution and "
+            f"num_heads={layer.num_heads}. Convert a model before it is materialised."
         )
     ours = filter_channels(bank)
     yield from _linear("in_proj", layer.in_proj)
@@ -115,6 +118,13 @@ def _dense(layer, layout=SAME) -> Table:
 def _s4d_table(layer) -> Table:
     both = isinstance(layer, BidirectionalS4D)
     s4d = layer.forward if both else layer
+    plain = isinstance(s4d.ssm.discretisation, ZOH) and isinstance(s4d.ssm.real_part, ExpReal)
+    if not plain or s4d.ssm.B is not None or s4d.ssm.bandlimit is not None:
+        raise ValueError(
+            "safari's S4D knows ZOH(), ExpReal(), a B within C, and no bandlimit; this one has "
+            f"{s4d.ssm.discretisation}, {s4d.ssm.real_part}, {'no' if s4d.ssm.B is None else 'a'} B of its own and "
+            f"bandlimit={s4d.ssm.bandlimit}."
+        )
     yield Entry("D", s4d.ssm.D)
     for entry in under("kernel.kernel.", _ssm_table(s4d.ssm, "log_w_real", "w_imag")):
         if both and entry.leaf is s4d.ssm.C:
@@ -148,6 +158,8 @@ def _long_conv_kernel_table(conv) -> Table:
 
 
 def _attention_table(layer) -> Table:
+    if layer.window is not None:
+        raise ValueError(f"safari's attention sees all of the past; this one has window={layer.window}.")
     yield from _linear("Wqkv", layer.Wqkv)
     if layer.short_conv is not None:
         yield from _short_conv("dwconv_qkv", layer.short_conv)

@@ -37,17 +37,22 @@ from s5eqx.nn import (
 _ACTIVATIONS = {
     None: eqx.nn.Identity(),
     "id": eqx.nn.Identity(),
+    "identity": eqx.nn.Identity(),
+    "linear": eqx.nn.Identity(),
+    "sigmoid": eqx.nn.Lambda(jax.nn.sigmoid),
+    "swish": eqx.nn.Lambda(jax.nn.silu),
     "gelu": Gelu(),
     "relu": eqx.nn.Lambda(jax.nn.relu),
     "silu": eqx.nn.Lambda(jax.nn.silu),
     "tanh": eqx.nn.Lambda(jnp.tanh),
 }
-_GATED = {None: False, "id": False, "glu": True}
+_GATED = {"id": False, "glu": True}
 _DISCRETISATIONS = {"zoh": ZOH(), "bilinear": Bilinear()}
 _REAL_PARTS = {"exp": ExpReal(), "softplus": SoftplusReal()}
 
 # Options of the first draw, which the weights replace, of training, and of the implementation.
 _TRAINING = ("_name_", "lr", "wd", "lr_dt", "layer_idx", "device", "dtype", "l_max", "transposed", "return_state")
+_TRAINING += ("verbose", "use_flashfftconv")
 _DRAWING = ("measure", "dt_min", "dt_max", "scaling", "init", "weight_init", "learning_rate", "init_scale")
 
 # 1. The layers of a language model, from what a configuration says of them.
@@ -59,12 +64,12 @@ def mixers(config: Mapping[str, Any], width: int, depth: int, max_length: int, k
     if not all(0 <= i < depth for i in attention):
         raise ValueError(f"config/attn_layer_idx must hold layers from 0 to {depth - 1}; got {list(attention)}.")
     options = config.get("layer") or {}
-    max_length = config.get("max_position_embeddings") or options.get("l_max") or max_length
+    max_length = max(0, config.get("max_position_embeddings", 0)) or options.get("l_max") or max_length
     chosen = []
     for i, layer_key in enumerate(jr.split(key, depth)):
         if i in attention:
             (cfg,) = read("config", config, "attn_cfg")
-            chosen.append(_attention(cfg, width, max_length, layer_key))
+            chosen.append(_attention(cfg or {}, width, max_length, layer_key))
         else:
             (name,) = read("config/layer", options, "_name_")
             if options.get("bidirectional", False):
@@ -78,10 +83,10 @@ def mixers(config: Mapping[str, Any], width: int, depth: int, max_length: int, k
 def _hyena(options, width, key):
     known = ("order", "filter_order", "emb_dim", "num_inner_mlps", "bias", "modulate", "shift", "normalized")
     known += ("short_filter_order", "activation", "dropout", "lr_pos_emb")
-    ignored = ("w", "fast_decay_pct", "slow_decay_pct", "target", "modulation_lr", "local_order", "filter_dropout")
+    ignored = ("w", "fast_decay_pct", "slow_decay_pct", "target", "local_order", "filter_dropout")
     ignored += ("fused_fft_conv", "fused_bias_fc", "jit_filter", "seq_len")
     only = {"num_heads": 1, "inner_factor": 1, "num_blocks": 1, "outer_mixing": False, "post_order_ffn": False}
-    only |= {"linear_mixer": False, "filter_cls": "hyena-filter"}
+    only |= {"linear_mixer": False, "filter_cls": "hyena-filter", "modulation_lr": 0.0}
     refuse("layer", options, known + ignored + _TRAINING, only)
     (max_length,) = read("layer", options, "l_max")
     order = options.get("order", 2)
@@ -108,6 +113,12 @@ def _hyena(options, width, key):
         dropout=options.get("dropout", 0.0),
         key=key,
     )
+
+
+def _hyena_standalone(options, width, key):
+    """The form in one file takes these options, and does nothing with them."""
+    dead = ("normalized", "bias", "activation", "short_filter_order")
+    return _hyena({name: value for name, value in options.items() if name not in dead}, width, key)
 
 
 def _ssm(options, width, key, num_ssm, disc, train_B):
@@ -138,12 +149,13 @@ def _h3(options, width, key):
 
 def _h3_conv(options, width, key):
     known = (*_SQUASH, "use_fast_fftconv", "dropout")
-    refuse("layer", options, known + _TRAINING + _DRAWING, {"head_dim": 1, "channels": 1})
+    refuse("layer", options, known + _TRAINING + _DRAWING, {"head_dim": 1, "channels": 1} | _CAUSAL)
     shift, ssm = (_squashed(options, width, 1, key) for _ in range(2))
     return H3(width, shift, ssm, key=key)
 
 
-_SQUASH = ("lam", "use_ma_smoothing", "ma_window_len", "smooth_freq", "kernel_dropout", "causal")
+_SQUASH = ("lam", "use_ma_smoothing", "ma_window_len", "smooth_freq", "kernel_dropout")
+_CAUSAL = {"causal": True, "weight_norm": False, "block_fft_conv": False, "initializer": None}
 
 
 def _squashed(options, width, channels, key):
@@ -183,7 +195,7 @@ def _s4d_of(options, width, key, gated, num_ssm):
 
 def _long_conv(options, width, key):
     known = (*_SQUASH, "channels", "bidirectional", "activation", "postact", "dropout", "tie_dropout")
-    refuse("layer", options, known + _TRAINING + _DRAWING, {})
+    refuse("layer", options, known + _TRAINING + _DRAWING, _CAUSAL)
     channels, (max_length,) = options.get("channels", 1), read("layer", options, "l_max")
     bidirectional = options.get("bidirectional", False)
     layer = (BidirectionalLongConv if bidirectional else LongConv)(
@@ -251,7 +263,7 @@ def _shift_kernel(meta, max_length, key):
 
 
 def _long_conv_kernel(meta, max_length, key):
-    refuse("meta", meta, ("H", "L", "channels", *_SQUASH, *_TRAINING, *_DRAWING), {})
+    refuse("meta", meta, ("H", "L", "channels", *_SQUASH, *_TRAINING, *_DRAWING), _CAUSAL)
     width, length = read("meta", meta, "H", "L")
     return _squashed({**meta, "l_max": length}, width, meta.get("channels", 1), key)
 
@@ -286,7 +298,7 @@ LAYERS = {
     "h3conv": _layer(_h3_conv),
     "longconv": _layer(_long_conv),
     "hyena": _layer(_hyena),
-    "hyena_standalone": _layer(_hyena),
+    "hyena_standalone": _layer(_hyena_standalone),
     "mha": _mha,
     "rotary_mha": _mha,
     "torch_mha": _mha,

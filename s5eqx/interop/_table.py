@@ -46,6 +46,11 @@ def choose(name: str, value: Any, offered: Mapping[Any, Any]) -> Any:
     return offered[value]
 
 
+def hidden(params: Params, name: str, axis: int) -> int | None:
+    """The hidden channels of the first MLP, by its array; None without one, which is missed later."""
+    return params[name].shape[axis] if name in params and params[name].ndim == 2 else None
+
+
 # 2. The table.
 
 
@@ -156,7 +161,9 @@ def _load(entry, given, shape):
             raise ValueError(f"{other} and {name} are one tensor and must be equal; they differ. Keep the right one.")
     if not jnp.issubdtype(array.dtype, jnp.inexact if entry.layout.may_be_complex else jnp.floating):
         raise ValueError(f"{name} must be of floats (C of S5 may be complex); got {array.dtype}.")
-    if entry.known is not None and not np.allclose(np.asarray(array, float), entry.known, rtol=1e-3):
+    if entry.known is not None and not np.allclose(
+        np.asarray(array, float), entry.known, rtol=max(1e-3, float(jnp.finfo(array.dtype).eps))
+    ):
         raise ValueError(f"{name} must have the value that the configuration gives it; it differs. Check the options.")
     if entry.leaf is None:
         return None

@@ -31,6 +31,7 @@ from s5eqx.interop._table import (
     arrays,
     choose,
     fill,
+    hidden,
     read,
     refuse,
     skips,
@@ -74,7 +75,7 @@ def from_s5(params: Params, config: Mapping[str, Any]) -> LanguageModel:
         width,
         functools.partial(build, config),
         num_layers=depth,
-        mlp_width=config.get("d_inner", 4 * width),
+        mlp_width=config.get("d_inner") or hidden(params, "backbone/layers_0/mlp/fc1/kernel", 1) or 4 * width,
         max_length=options.get("max_position_embeddings", 0) or None,
         embed_dropout=options.get("embed_dropout", 0.0),
         dropout=options.get("resid_dropout", 0.0),
@@ -138,18 +139,19 @@ def _hyena_operator(config, key):
     required = ("filter_order", "filter_args")
     _refuse_operator(options, required, filter_cls="hyena-filter")
     filter_width, args = read("layer_kwargs", options, *required)
-    required = ("emb_dim", "use_bias", "num_inner_mlps", "normalized")
-    refuse("filter_args", args, (*required, "w"), {})  # w is where the frequencies start
-    features, use_bias, num_hidden, normalize = read("filter_args", args, *required)
+    (features,) = read("filter_args", args, "emb_dim")
+    refuse(
+        "filter_args", args, ("emb_dim", "use_bias", "num_inner_mlps", "normalized", "w"), {}
+    )  # w: where freq starts
     bank = ImplicitFilter(
         width,
         max_length,
         order=options.get("order", 2),
         features=features,
         filter_width=filter_width,
-        num_hidden=num_hidden,
-        normalize=normalize,
-        use_bias=use_bias,
+        num_hidden=args.get("num_inner_mlps", 2),
+        normalize=args.get("normalized", False),
+        use_bias=args.get("use_bias", True),
         key=key,
     )
     return _operator(width, bank, options, key)

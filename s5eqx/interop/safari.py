@@ -3,7 +3,7 @@
 Parameters are a state dict: a flat mapping of dotted names to arrays, such as
 `backbone.layers.0.mixer.in_proj.weight`. One line turns a checkpoint into it:
 
-    {k: v.numpy() for k, v in torch.load(path, weights_only=True)["state_dict"].items()}
+    {name: a.numpy() for name, a in torch.load(path, weights_only=True)["state_dict"].items()}
 
 Source: HazyResearch/safari; the layer S4D of state-spaces/s4.
 
@@ -22,7 +22,7 @@ import jax.random as jr
 from s5eqx._typing import Array, Inexact, checked
 from s5eqx.interop import _safari_names as _names
 from s5eqx.interop import _safari_options as _options
-from s5eqx.interop._table import Params, arrays, choose, fill, read, refuse, with_epsilon
+from s5eqx.interop._table import Params, arrays, choose, fill, hidden, read, refuse, with_epsilon
 from s5eqx.models import LanguageModel
 from s5eqx.nn import AbstractLayer, SquashedConvolution
 
@@ -45,6 +45,7 @@ _MODEL = (
     "dtype",
 )
 _ABOUT = ("kind", "name", "source", "note", "seed", "batch", "perturbed", "z_perturbed", "prefill_len", "n_heads")
+_ABOUT += ("numpy", "torch", "tied")
 
 
 @checked
@@ -66,24 +67,25 @@ def from_safari(params: Params, config: Mapping[str, Any], *, max_length: int = 
     known = ("vocab_size", "d_model", "n_layer", "d_inner", "layer", "attn_layer_idx", "attn_cfg")
     known += ("max_position_embeddings", "pad_vocab_size_multiple", "layer_norm_epsilon")
     refuse("config", config, (*known, "embed_dropout", "resid_dropout", *_MODEL), {"return_hidden_state": False})
+    bare = {name.removeprefix("model."): array for name, array in params.items()}
     padding = config.get("pad_vocab_size_multiple") or 1
     skeleton = eqx.filter_eval_shape(
         lambda key: LanguageModel(
             -(-vocab_size // padding) * padding,
             width,
             _options.mixers(config, width, depth, max_length, key),
-            mlp_width=config.get("d_inner") or 4 * width,
-            max_length=config.get("max_position_embeddings", 0) or None,
+            mlp_width=config.get("d_inner") or hidden(bare, "backbone.layers.0.mlp.fc1.weight", 0) or 4 * width,
+            max_length=max(0, config.get("max_position_embeddings", 0)) or None,
             embed_dropout=config.get("embed_dropout", 0.1),
             dropout=config.get("resid_dropout", 0.0),
             key=key,
         ),
         jr.key(0),
     )
-    if params and all(name.startswith("model.") for name in params):
-        params = {name.removeprefix("model."): array for name, array in params.items()}
+    if len(bare) < len(params):
+        raise ValueError("Each array must be given once; some names come with and without `model.`. Keep one of each.")
     skeleton = with_epsilon(skeleton, config.get("layer_norm_epsilon", 1e-5))
-    return eqx.nn.inference_mode(fill(skeleton, _names.language_model, params, _HINT))
+    return eqx.nn.inference_mode(fill(skeleton, _names.language_model, bare, _HINT))
 
 
 @checked
@@ -112,6 +114,8 @@ def layer_from_safari(kind: str, params: Params, meta: Mapping[str, Any], *, max
     """
     build, table = choose("kind", kind, _options.LAYERS), _names.LAYERS[kind]
     options = {name: value for name, value in meta.items() if name not in _ABOUT}
+    if kind == "block":
+        options["d_inner"] = options.get("d_inner") or hidden(params, "mlp.fc1.weight", 0)
     skeleton = eqx.filter_eval_shape(functools.partial(build, options, max_length), jr.key(0))
     layer = fill(skeleton, table, params, _HINT)
     return eqx.nn.inference_mode(_without_skip(layer) if kind.endswith("_kernel") else layer)

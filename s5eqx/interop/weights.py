@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,13 @@ def save(path: str | Path, model: eqx.Module) -> None:
     structure = _describe(model, "", arrays)
     about = {"format": _FORMAT, "s5eqx": __version__, "jax": jax.__version__, "equinox": eqx.__version__}
     about["structure"] = json.dumps(structure)
+    about["crc32"] = _checksum(about["structure"], arrays)
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         safetensors.numpy.save_file(arrays, part, {"s5eqx": json.dumps(about)})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -86,7 +90,7 @@ def load(path: str | Path) -> Any:
         tensors = {name: _array(tensor) for name, tensor in safetensors.deserialize(data)}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"]["s5eqx"])
-        found, by, structure = (about[name] for name in ("format", "s5eqx", "structure"))
+        found, by, structure, checksum = (about[name] for name in ("format", "s5eqx", "structure", "crc32"))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or is damaged: {error}. Save the model again.") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -97,12 +101,21 @@ def load(path: str | Path) -> Any:
     try:
         if found != _FORMAT:
             raise ValueError(f"it has format {found}, of s5eqx {by}; this version reads format {_FORMAT}")
+        if checksum != _checksum(structure, tensors):
+            raise ValueError("its contents do not match their checksum, so it is damaged")
         model = _build(json.loads(structure), "", tensors)
         if tensors:
             raise ValueError(f"its structure has no place for {', '.join(tensors)}")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read by s5eqx {__version__}: {error}.") from error
     return model
+
+
+def _checksum(structure, arrays):
+    checksum = zlib.crc32(structure.encode())
+    for name in sorted(arrays):
+        checksum = zlib.crc32(arrays[name].tobytes(), zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def _array(tensor):
@@ -114,6 +127,8 @@ def _array(tensor):
 
 
 def _describe(node, path, arrays):
+    if isinstance(node, np.generic) and node.dtype.kind in "bif":
+        node = node.item()
     if node is None or isinstance(node, bool | int | str):
         return node
     if isinstance(node, float):

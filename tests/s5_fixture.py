@@ -1,21 +1,13 @@
 """The files of numbers that the S5 branch computed: how to read them, and how close to them is close enough."""
 
-import functools
 import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from helpers import quick_jit, relative_error
+from helpers import relative_error
 
 from s5eqx.interop import from_s5, layer_from_s5, to_s5
-
-fixture_jit = functools.partial(
-    quick_jit,
-    compiler_options=quick_jit.keywords["compiler_options"]
-    | {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1},
-)
-"""`quick_jit` for many small gradients, which compiles in half the time again."""
 
 FOLDER = Path(__file__).parent / "fixtures" / "s5"
 

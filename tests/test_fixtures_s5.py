@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import relative_error, to_complex
-from s5_fixture import FOLDER, Fixture, fixture_jit, names
+from helpers import quick_jit, relative_error, to_complex
+from s5_fixture import FOLDER, Fixture, names
 
 from s5eqx.interop import to_s5
 from s5eqx.nn import S5, ImplicitFilter, diagonalise, hippo_legs_normal
@@ -41,7 +41,7 @@ def in_steps(mixer, x):
     return jax.lax.scan(lambda state, x_t: mixer.step(state, x_t), mixer.init_state(), x)
 
 
-@fixture_jit
+@quick_jit
 def run_layer(layer, u, cot):
     """Output, gradients of sum(cot y), and the final state and output step by step."""
 
@@ -55,7 +55,7 @@ def run_layer(layer, u, cot):
     return y, gradients, state, y_step
 
 
-@fixture_jit
+@quick_jit
 def run_model(model, tokens, targets):
     """Loss, logits and their gradient, the backbone's output, and the logits step by step."""
     value_and_grad = eqx.filter_value_and_grad(cross_entropy, has_aux=True)
@@ -76,7 +76,7 @@ def test_ssm(name, dtype):
     fixture.check("grad/in/u", gradient_u)
     fixture.check_gradient(gradient)
 
-    Lambda_bar, B_bar, C_tilde = fixture_jit(S5.discretised)(layer)
+    Lambda_bar, B_bar, C_tilde = quick_jit(S5.discretised)(layer)
     fixture.check("out/Lambda_bar", Lambda_bar)
     fixture.check("out/B_bar", B_bar)
     fixture.check("out/C_tilde", C_tilde / (2 if layer.conj_sym else 1))
@@ -119,7 +119,7 @@ def test_hyena_operator(name, dtype):
     fixture.check("out/y", y_step)
     fixture.check("grad/in/u", gradient_u)
     fixture.check_gradient(gradient)
-    kernels = fixture_jit(ImplicitFilter.kernels)(layer.bank)  # operator by operator; theirs are channel by channel
+    kernels = quick_jit(ImplicitFilter.kernels)(layer.bank)  # operator by operator; theirs are channel by channel
     filters = jnp.moveaxis(kernels, 0, 2).reshape(1, kernels.shape[1], -1)
     fixture.check("out/filter_k", filters[:, : fixture.config["L"]])
 
@@ -150,7 +150,7 @@ def train(model, fixture):
     optimiser = groups.optimiser(model)
     opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @fixture_jit
+    @quick_jit
     def step(model, opt_state, tokens, targets):
         value_and_grad = eqx.filter_value_and_grad(cross_entropy, has_aux=True)
         (loss, _), gradient = value_and_grad(model, tokens, targets)

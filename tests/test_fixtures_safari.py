@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from s5_fixture import fixture_jit
+from helpers import quick_jit
 from safari_fixture import FOLDER, Fixture
 
 from s5eqx import nn
@@ -53,7 +53,7 @@ def streamed(mixer, x):
     return jnp.concatenate([y, y_step]), state, final
 
 
-@fixture_jit
+@quick_jit
 def run_layer(layer, x, cot, stream):
     """Output, gradients of sum(cot y), and if asked the output in a chunk and steps, with its states."""
 
@@ -116,7 +116,7 @@ def test_hyena(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
     check_layer(fixture, layer, dtype, x="u")
-    kernels = fixture_jit(nn.ImplicitFilter.kernels)(layer.bank)
+    kernels = quick_jit(nn.ImplicitFilter.kernels)(layer.bank)
     stage = 1 if fixture.kind == "hyena_standalone" else 2  # where the reference has the axis of the operators
     filters = jnp.moveaxis(kernels, 0, stage).reshape(1, kernels.shape[1], -1)
     fixture.check("out/filter", filters[:, : fixture.meta["L"]])
@@ -170,7 +170,7 @@ def test_attention(name, dtype):
             fixture.check(f"out/{path}", turned)
 
 
-@fixture_jit
+@quick_jit
 def run_rotary(layer, x):
     """The turned queries and keys; a vector along the first half, which turns into the cosines and sines."""
     time, half = jnp.arange(x.shape[1], dtype=jnp.int32), layer.rotary.dim // 2
@@ -184,7 +184,7 @@ def run_rotary(layer, x):
 def check_masked(fixture, layer, dtype):
     (keep,) = fixture.inputs(bool, "in/key_padding_mask")
 
-    @fixture_jit
+    @quick_jit
     def run(layer, x, cot):
         def loss(layer_and_x):
             layer, x = layer_and_x
@@ -207,7 +207,7 @@ def test_s4d(name, dtype):
     ssm, length = (layer.ssm if causal(layer) else layer.forward.ssm), fixture.meta["L"]
     if not causal(layer):
         ssm = eqx.tree_at(lambda ssm: ssm.C, ssm, jnp.concatenate([ssm.C, layer.C_backward]))
-    kernel, (dA, dB, dC) = fixture_jit(lambda ssm: (ssm.kernel(length), ssm.discretised()))(ssm)
+    kernel, (dA, dB, dC) = quick_jit(lambda ssm: (ssm.kernel(length), ssm.discretised()))(ssm)
     fixture.check("out/k", jnp.swapaxes(kernel, 1, 2).reshape(fixture["out/k"].shape))
     if "step/stateL" in fixture:
         fixture.check("step/stateL", states[1])
@@ -217,7 +217,7 @@ def test_s4d(name, dtype):
         np.testing.assert_array_equal(dB, 1)
 
 
-@fixture_jit
+@quick_jit
 def run_kernel(layer, kernel, cot, u, state):
     """The kernel and its gradient; a chunk, the answer to no input, and steps, all from `state`."""
     gradient, k = eqx.filter_grad(lambda layer: (lambda k: (jnp.sum(cot * k), k))(kernel(layer)), has_aux=True)(layer)
@@ -279,7 +279,7 @@ def test_s4d_kernel(name, dtype):
     length = fixture.meta["L"]
     check_kernel(fixture, layer, lambda layer: jnp.swapaxes(layer.kernel(length), 1, 2), dtype)
     if "out/dA" in fixture:
-        dA, dB, dC = fixture_jit(nn.DiagonalSSM.discretised)(layer)
+        dA, dB, dC = quick_jit(nn.DiagonalSSM.discretised)(layer)
         fixture.check("out/dA", dA)
         fixture.check("out/dB", dB)
         slow = banded(fixture)[0] if "bandlimit" in fixture.meta else True
@@ -319,7 +319,7 @@ def test_block(dtype):
     fixture = Fixture("block_a")
     block = fixture.load(fixture.params(dtype))
 
-    @fixture_jit
+    @quick_jit
     def run(block, h, r, cot):
         def loss(block_and_x):
             block, x = block_and_x
@@ -337,7 +337,7 @@ def test_block(dtype):
     fixture.check_gradient(gradient)
 
 
-@fixture_jit
+@quick_jit
 def run_model(model, tokens, cot, prompt, steps):
     """Logits, gradient of sum(cot logits), and the tokens and logits of `steps` generated tokens."""
 
@@ -391,9 +391,9 @@ def test_language_model(name, dtype):
 def test_initial_weights(name, mixer, key):
     """`GPT2Init`, and what the layers draw themselves, against the statistics of a fresh model of safari."""
     theirs = json.loads((FOLDER / "lm_init_stats.json").read_text())[name]
-    model = fixture_jit(
-        lambda key: LanguageModel(20, 64, mixer, num_layers=2, mlp_width=256, init=GPT2Init(), key=key)
-    )(key)
+    model = quick_jit(lambda key: LanguageModel(20, 64, mixer, num_layers=2, mlp_width=256, init=GPT2Init(), key=key))(
+        key
+    )
     ours = to_safari(model)
     assert theirs.keys() <= ours.keys()
     for path, (shape, mean, std, low, high) in theirs.items():

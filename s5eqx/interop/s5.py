@@ -140,9 +140,8 @@ def _hyena_operator(config, key):
     _refuse_operator(options, required, filter_cls="hyena-filter")
     filter_width, args = read("layer_kwargs", options, *required)
     (features,) = read("filter_args", args, "emb_dim")
-    refuse(
-        "filter_args", args, ("emb_dim", "use_bias", "num_inner_mlps", "normalized", "w"), {}
-    )  # w: where freq starts
+    optional = ("use_bias", "num_inner_mlps", "normalized", "w")  # w is where the frequencies start
+    refuse("filter_args", args, ("emb_dim", *optional), {})
     bank = ImplicitFilter(
         width,
         max_length,

@@ -23,7 +23,7 @@ def check_width(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -
     quiet = eqx.nn.inference_mode(mixer)  # asks for no key
     try:
         y = eqx.filter_eval_shape(lambda mixer, x: mixer(x), quiet, jax.ShapeDtypeStruct((1, width), dtype))
-    except Exception as error:
+    except Exception as error:  # whatever the mixer finds wrong with such an input
         raise ValueError(
             f"{name} must map width {width} to width {width}; {type(mixer).__name__} refuses such an input, as "
             "shown above. Build it with that width."

@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import jax.random as jr
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -58,3 +59,11 @@ def x64():
             jax.experimental.enable_x64()
         )
         yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Runs one test in both precisions."""
+    if request.param == "float64":
+        request.getfixturevalue("x64")
+    return np.dtype(request.param)

@@ -17,13 +17,6 @@ from s5eqx.nn import S5, ImplicitFilter, diagonalise, hippo_legs_normal
 from s5eqx.train import PublishedCosine, PublishedGroups, WarmupConstant
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request):
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return np.dtype(request.param)
-
-
 def test_every_file_is_run():
     """Those of these kinds by the patterns below; what two of them cannot be read for is in `test_interop.py`."""
     kinds = [names(f"{kind}_*") for kind in ("s5ssm", "s5op", "hyenaop", "lm", "opt")]

@@ -34,13 +34,6 @@ FILES = H3_FILES + HYENA_FILES + LONG_CONV_FILES + ATTENTION_FILES + S4D_FILES +
 FILES += MODELS + TABLES + OTHERS
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request):
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return np.dtype(request.param)
-
-
 def test_every_file_is_run():
     assert sorted(FILES) == sorted(path.stem for path in FOLDER.glob("*.npz"))
 

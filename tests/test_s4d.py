@@ -141,7 +141,7 @@ def test_bidirectional(glu, key, x64):
         for t in range(t0, t1):
             y[t] = D * x[t] + sum(past[:, j] * x[t - j] for j in range(t - t0 + 1))
             y[t] += sum(future[:, j] * x[t + 1 + j] for j in range(t1 - t - 1))
-        expected = quick_jit(layer.forward.mix)(jnp.asarray(y.reshape(L, 6)))[t0:t1]
+        expected = quick_jit(layer.forward.read_out)(jnp.asarray(y.reshape(L, 6)))[t0:t1]
         flags = None if reset is None else jnp.arange(L) == reset
         np.testing.assert_allclose(quick_jit(layer)(x, reset=flags)[t0:t1], expected, atol=1e-12)
 

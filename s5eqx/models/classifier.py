@@ -13,6 +13,7 @@ from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.models.pool import AbstractPool, MeanPool
 from s5eqx.nn._mixer import AbstractMixer
 from s5eqx.nn._random import split
+from s5eqx.nn._select import before_padding
 from s5eqx.nn.linear import linear
 from s5eqx.nn.mlp import MLP
 from s5eqx.nn.norm import layer_norm
@@ -103,7 +104,7 @@ class SequenceEncoder(eqx.Module):
             raise ValueError("A sequence must have at least one step to be classified; got none.")
         if length is not None:
             length = _inside(length, len(x))
-            inside = jnp.arange(len(x), dtype=jnp.int32) < length
+            inside = before_padding(length, len(x))
             x = jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x))
         h = self._encode(x)
         apply = lambda residual, h, key: residual(h, length=length, key=key)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s5eqx._typing import Array, Float, Int, checked
+from s5eqx.nn._select import before_padding, keep_rows
 
 
 class AbstractPool(eqx.Module):
@@ -25,8 +26,7 @@ class MeanPool(AbstractPool):
         h = h.astype(np.promote_types(h.dtype, np.float32))
         if length is None:
             return jnp.mean(h, axis=0)
-        inside = jnp.arange(len(h), dtype=jnp.int32) < length.astype(jnp.int32)
-        return jnp.sum(jnp.where(inside[:, None], h, jnp.zeros_like(h)), axis=0) / length.astype(h.dtype)
+        return jnp.sum(keep_rows(before_padding(length, len(h)), h), axis=0) / length.astype(h.dtype)
 
 
 class LastPool(AbstractPool):

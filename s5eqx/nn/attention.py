@@ -14,6 +14,7 @@ from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_rate
 from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._position import positions
+from s5eqx.nn._select import drop
 from s5eqx.nn.linear import linear
 from s5eqx.nn.rotary import Rotary
 from s5eqx.nn.short_conv import ShortConv
@@ -165,9 +166,7 @@ class Attention(AbstractCausalMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[State, Float[Array, " D"]]:
-        if reset is not None:
-            state = jax.tree.map(lambda new, old: jnp.where(reset, new, old), self.init_state(), state)
-        tail, index, keys, values = state
+        tail, index, keys, values = drop(state, reset)
         z = linear(self.Wqkv, x_t)
         if self.short_conv is not None:
             tail, z = self.short_conv.step(tail, z)

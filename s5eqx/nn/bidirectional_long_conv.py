@@ -81,4 +81,4 @@ class BidirectionalLongConv(AbstractMixer):
         backward = eqx.tree_at(lambda conv: (conv.kernel, conv.D), conv, (self.kernel_backward, no_skip))
         ahead = backward(x[::-1], key=backward_key)[::-1]  # from u[t] on: shifted by one, from u[t+1] on
         ahead = jnp.concatenate([ahead[1:], jnp.zeros_like(ahead[:1])])
-        return self.forward.mix(conv(x, key=forward_key) + ahead, key=mix_key)
+        return self.forward.read_out(conv(x, key=forward_key) + ahead, key=mix_key)

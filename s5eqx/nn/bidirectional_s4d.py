@@ -9,6 +9,7 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractMixer
+from s5eqx.nn._select import keep_rows
 from s5eqx.nn.activations import Gelu
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.s4d import S4D
@@ -94,5 +95,5 @@ class BidirectionalS4D(AbstractMixer):
         ahead = backward(x[::-1], reset=flipped)[::-1]  # from u[t] on: shifted by one, from u[t+1] on
         ahead = jnp.concatenate([ahead[1:], jnp.zeros_like(ahead[:1])])
         if reset is not None:
-            ahead = jnp.where(jnp.roll(reset, -1)[:, None], jnp.zeros_like(ahead), ahead)
-        return self.forward.mix(ssm(x, reset=reset) + ahead, key=key)
+            ahead = keep_rows(~jnp.roll(reset, -1), ahead)
+        return self.forward.read_out(ssm(x, reset=reset) + ahead, key=key)

@@ -12,6 +12,7 @@ from jax import lax
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._select import drop
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.s4d_init import AbstractAInit, AbstractBInit, AbstractRealPart, ExpReal, LinInit, OnesBInit
 from s5eqx.nn.s5 import as_complex
@@ -181,16 +182,16 @@ class DiagonalSSM(AbstractCausalMixer):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Complex[Array, "D P"], Float[Array, " out"]]:
         dA, dB, C = self.discretised()
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
+        state = drop(state, reset)
         u = x_t.astype(self.D.dtype)
         state = dA * state + as_complex(_pairs(dB) * u[:, None, None])
         y = 2 * jnp.real(jnp.sum(C * state[None], axis=-1)) + self.D * u[None]
         return state, y.reshape(-1).astype(x_t.dtype)
 
     def _convolve(self, x, kernel):
-        u = jnp.tile(x.astype(self.D.dtype), len(kernel))
-        return ops.causal_convolution(u, _flat(kernel)) + self.D.reshape(1, -1) * u
+        u = x.astype(self.D.dtype)
+        y = jax.vmap(ops.causal_convolution, in_axes=(None, 0))(u, kernel)
+        return _flat(y + self.D[:, None] * u[None])
 
     def _scan(self, state, x, reset):
         dA, dB, C = self.discretised()

@@ -10,12 +10,11 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._check import check_rate
-from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 from s5eqx.nn._random import split
+from s5eqx.nn._read_out import AbstractReadOut
 from s5eqx.nn.activations import GLU, Gelu
 from s5eqx.nn.convolution import Convolution, State
-from s5eqx.nn.linear import linear
 from s5eqx.nn.long_conv_init import AbstractKernelInit, AbstractSmooth, RandomKernel
 
 
@@ -134,7 +133,7 @@ class SquashedConvolution(AbstractCausalMixer):
         return state, y.reshape(*y.shape[:-2], self.D.size)
 
 
-class LongConv(AbstractComposedMixer):
+class LongConv(AbstractReadOut):
     """The long-convolution layer: `output_linear(dropout(activation(conv(u))))`, with a `SquashedConvolution` and a
     dense layer with a gate.
 
@@ -194,9 +193,4 @@ class LongConv(AbstractComposedMixer):
     def forward(self, run, state, x, key):
         conv_key, dropout_key = split(key, 2)
         state, y = run(self.conv, state, x, conv_key)
-        return state, self.mix(y, key=dropout_key)
-
-    def mix(self, y: Float[Array, "*L cD"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*L D"]:
-        """What follows the convolution, at each step on its own."""
-        y = self.dropout(self.activation(y), key=key)
-        return linear(self.output_linear, y) if isinstance(self.output_linear, eqx.nn.Linear) else self.output_linear(y)
+        return state, self.read_out(y, key=dropout_key)

@@ -12,6 +12,7 @@ from jax import lax
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._select import drop
 from s5eqx.nn.s5 import as_complex
 
 
@@ -113,8 +114,7 @@ class LRU(AbstractCausalMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Complex[Array, " P"], Float[Array, " D"]]:
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
+        state = drop(state, reset)
         u = x_t.astype(self.D.dtype)
         state = self._transition() * state + self._input() @ lax.complex(u, jnp.zeros_like(u))
         y = jnp.real(as_complex(self.C) @ state) + self.D * u

@@ -7,6 +7,7 @@ from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
 from s5eqx.nn._check import check_rate, check_width
 from s5eqx.nn._mixer import AbstractMixer
 from s5eqx.nn._random import split
+from s5eqx.nn._select import before_padding, keep_rows
 from s5eqx.nn.norm import layer_norm
 
 
@@ -60,8 +61,7 @@ class Residual(eqx.Module):
         mixer_key, dropout_key = split(key, 2)
         h = layer_norm(self.norm, x) if self.prenorm else x
         if length is not None:
-            inside = jnp.arange(len(x), dtype=jnp.int32) < length.astype(jnp.int32)
-            h = jnp.where(inside[:, None], h, jnp.zeros_like(h))
+            h = keep_rows(before_padding(length, len(x)), h)
         h = self.mixer(h, key=mixer_key)
         kept = self.dropout(jnp.ones_like(h[:1] if self.tie_dropout else h), key=dropout_key)
         h = h * jnp.broadcast_to(kept, h.shape)

@@ -10,6 +10,7 @@ import jax.random as jr
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._select import drop
 from s5eqx.nn.linear import linear
 
 
@@ -85,8 +86,7 @@ class RGLRU(AbstractCausalMixer):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
         a, drive = self._gated(x_t)
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
+        state = drop(state, reset)
         state = a * state + drive
         return state, state.astype(x_t.dtype)
 

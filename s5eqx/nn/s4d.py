@@ -6,17 +6,16 @@ from typing import ClassVar
 import equinox as eqx
 import jax.random as jr
 
-from s5eqx._typing import Array, Complex, Float, PRNGKeyArray
+from s5eqx._typing import Array, Complex, PRNGKeyArray
 from s5eqx.nn._check import check_rate
-from s5eqx.nn._composed import AbstractComposedMixer
+from s5eqx.nn._read_out import AbstractReadOut
 from s5eqx.nn.activations import GLU, Gelu
 from s5eqx.nn.diagonal_ssm import DiagonalSSM
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
-from s5eqx.nn.linear import linear
 from s5eqx.nn.s4d_init import AbstractAInit, AbstractBInit, AbstractRealPart, ExpReal, LinInit, OnesBInit
 
 
-class S4D(AbstractComposedMixer):
+class S4D(AbstractReadOut):
     """`output_linear(dropout(activation(ssm(u))))`, with a `DiagonalSSM` and a dense layer, gated or plain. The
     state is that of the `DiagonalSSM`.
 
@@ -91,9 +90,4 @@ class S4D(AbstractComposedMixer):
 
     def forward(self, run, state, x, key):
         state, y = run(self.ssm, state, x, None)
-        return state, self.mix(y, key=key)
-
-    def mix(self, y: Float[Array, "*L cD"], *, key: PRNGKeyArray | None = None) -> Float[Array, "*L D"]:
-        """What follows the state-space model, at each step on its own."""
-        y = self.dropout(self.activation(y), key=key)
-        return linear(self.output_linear, y) if isinstance(self.output_linear, eqx.nn.Linear) else self.output_linear(y)
+        return state, self.read_out(y, key=key)

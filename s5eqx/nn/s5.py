@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
+from s5eqx.nn._select import drop
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.hippo import diagonalise
 from s5eqx.nn.s5_init import AbstractCInit, TruncatedNormal, init_B
@@ -165,8 +166,7 @@ class S5(AbstractCausalMixer):
     ) -> tuple[Complex[Array, " P"], Float[Array, " D"]]:
         Lambda_bar, gain = self._transition(intervals)
         u = x_t.astype(self.D.dtype)
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
+        state = drop(state, reset)
         state = Lambda_bar * state + gain * as_complex(jnp.tensordot(self.B, u, axes=(1, 0)))
         parts = jnp.stack([jnp.real(state), -jnp.imag(state)], axis=-1)
         y = self._factor * jnp.tensordot(self.C, parts, axes=2) + self.D * u

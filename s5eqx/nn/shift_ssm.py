@@ -11,7 +11,7 @@ from jax import lax
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
-from s5eqx.nn.short_conv import keep_rows
+from s5eqx.nn._select import drop, keep_rows
 
 
 class ShiftSSM(AbstractCausalMixer):
@@ -81,7 +81,7 @@ class ShiftSSM(AbstractCausalMixer):
             return state, x
         u = last = x.astype(self.D.dtype)
         if reset is not None:
-            state = jnp.where(reset[0], jnp.zeros_like(state), state)
+            state = drop(state, reset[0])
         before = jnp.pad(self._read(state)[1:], ((0, max(0, length - size + 1)), (0, 0)))[:length]
         old = jnp.pad(state, ((0, 0), (min(length, size), 0)))[:, :size]
         if reset is not None:
@@ -102,8 +102,7 @@ class ShiftSSM(AbstractCausalMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "D N"], Float[Array, " D"]]:
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
+        state = drop(state, reset)
         u = x_t.astype(self.D.dtype)
         state = jnp.pad(state, ((0, 0), (1, 0)))[:, :-1] + self.B * u[:, None]
         return state, (jnp.sum(self.C * state, axis=-1) + self.D * u).astype(x_t.dtype)

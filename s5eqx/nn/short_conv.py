@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._random import truncated_normal
+from s5eqx.nn._select import drop, keep_rows
 
 
 class ShortConv(AbstractCausalMixer):
@@ -83,12 +84,6 @@ class ShortConv(AbstractCausalMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "tail D"], Float[Array, " D"]]:
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
+        state = drop(state, reset)
         window = jnp.concatenate([state, x_t.astype(state.dtype)[None]])
         return window[1:], jnp.sum(self.weight * window, axis=0) + self.bias
-
-
-def keep_rows(keep: Bool[Array, " L"], rows: Float[Array, "L D"]) -> Float[Array, "L D"]:
-    """The rows that are to be kept, and zeros in place of the others, whatever they hold."""
-    return jnp.where(keep[:, None], rows, jnp.zeros_like(rows))

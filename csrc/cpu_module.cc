@@ -1,20 +1,21 @@
 // The Python module s5eqx.ops._cpu: XLA FFI handlers of the CPU kernels, and what is needed to register them.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <exception>
 
+#include "isa.h"
 #include "scan.h"
 #include "shapes.h"
+#include "ssm.h"
 
 namespace s5eqx {
 namespace {
 
 // Some of XLA's own threads. A handler never waits for a thread that has not started, so full pools cannot deadlock.
 Parallel pool_threads(ffi::ThreadPool& pool) {
-  return [&pool](int64_t helpers, std::function<void()> task) {
-    for (int64_t i = std::min(helpers, pool.num_threads() - 1); i > 0; --i) pool.Schedule(std::function<void()>(task));
-  };
+  return {pool.num_threads() - 1, [&pool](int64_t helpers, std::function<void()> task) {
+            for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(task));
+          }};
 }
 
 template <typename T>
@@ -28,7 +29,7 @@ ffi::Error guarded(F f) {
     f();
     return ffi::Error::Success();
   } catch (const std::exception& e) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("s5eqx scan: ") + e.what());
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("s5eqx: ") + e.what());
   }
 }
 
@@ -72,11 +73,48 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x, ff
   return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
 }
 
+ffi::Error run_ssm_forward(ffi::ThreadPool pool, ffi::AnyBuffer u, ffi::AnyBuffer a, ffi::AnyBuffer w_in,
+                           ffi::AnyBuffer w_out, ffi::AnyBuffer skip, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                           ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> last,
+                           ffi::Result<ffi::AnyBuffer> kept, int64_t chunk) {
+  const SsmChecker check = check_ssm_forward(u, a, w_in, w_out, skip, x0, reset, *y, *last, *kept, chunk);
+  if (check.error().failure()) return check.error();
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    ssm_forward<T>(check.shape,
+                   {data<T>(u), data<T>(a), data<T>(w_in), data<T>(w_out), data<T>(skip), data<T>(x0), check.flags},
+                   {data<T>(*y), data<T>(*last), data<T>(*kept)}, pool_threads(pool));
+  };
+  return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
+}
+
+ffi::Error run_ssm_backward(ffi::ThreadPool pool, ffi::AnyBuffer u, ffi::AnyBuffer a, ffi::AnyBuffer w_in,
+                            ffi::AnyBuffer w_out, ffi::AnyBuffer skip, ffi::AnyBuffer x0, ffi::AnyBuffer reset,
+                            ffi::AnyBuffer kept, ffi::AnyBuffer g, ffi::AnyBuffer g_last,
+                            ffi::Result<ffi::AnyBuffer> du, ffi::Result<ffi::AnyBuffer> da,
+                            ffi::Result<ffi::AnyBuffer> dw_in, ffi::Result<ffi::AnyBuffer> dw_out,
+                            ffi::Result<ffi::AnyBuffer> dskip, ffi::Result<ffi::AnyBuffer> dx0, int64_t chunk) {
+  const SsmChecker check = check_ssm_backward(u, a, w_in, w_out, skip, x0, reset, kept, g, g_last, *du, *da, *dw_in,
+                                              *dw_out, *dskip, *dx0, chunk);
+  if (check.error().failure()) return check.error();
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    ssm_backward<T>(check.shape,
+                    {data<T>(u), data<T>(a), data<T>(w_in), data<T>(w_out), data<T>(skip), data<T>(x0), check.flags},
+                    {data<T>(kept), data<T>(g), data<T>(g_last), data<T>(*du), data<T>(*da), data<T>(*dw_in),
+                     data<T>(*dw_out), data<T>(*dskip), data<T>(*dx0)},
+                    pool_threads(pool));
+  };
+  return guarded([&] { check.is_double() ? run(0.0) : run(0.0f); });
+}
+
 auto context() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_forward_handler, forward, (scan_binding<4, 1>(context())));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_final_handler, final_state, (scan_binding<4, 1>(context())));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scan_backward_handler, backward, (scan_binding<5, 3>(context())));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ssm_forward_handler, run_ssm_forward, (ssm_binding<7, 3>(context())));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ssm_backward_handler, run_ssm_backward, (ssm_binding<10, 6>(context())));
 
 }  // namespace
 }  // namespace s5eqx
@@ -89,4 +127,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("targets")["s5eqx_scan_forward"] = capsule(s5eqx::scan_forward_handler);
   m.attr("targets")["s5eqx_scan_final"] = capsule(s5eqx::scan_final_handler);
   m.attr("targets")["s5eqx_scan_backward"] = capsule(s5eqx::scan_backward_handler);
+  m.attr("targets")["s5eqx_ssm_forward"] = capsule(s5eqx::ssm_forward_handler);
+  m.attr("targets")["s5eqx_ssm_backward"] = capsule(s5eqx::ssm_backward_handler);
 }

@@ -35,15 +35,15 @@ struct BackwardArrays {
   bool conjugate;        // real gradients of float pairs; JAX's own convention for complex has no conjugates
 };
 
-// Runs `task` on some of the pool's threads as well as on the caller's. May run it on the caller's alone.
-using Parallel = std::function<void(int64_t helpers, std::function<void()> task)>;
+// Some threads beside the caller's: `start` runs `task` on at most `helpers` of them, or on none.
+struct Parallel {
+  int64_t helpers;
+  std::function<void(int64_t helpers, std::function<void()> task)> start;
+};
 
 template <typename T>
 void scan_forward(const ScanShape&, const ForwardArrays<T>&, const Parallel&);
 template <typename T>
 void scan_backward(const ScanShape&, const BackwardArrays<T>&, const Parallel&);
-
-// The instruction set in use: "x86-64-v4", "x86-64-v3" or "generic".
-const char* instruction_set();
 
 }  // namespace s5eqx

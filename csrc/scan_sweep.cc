@@ -14,13 +14,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kWide = 8;
-constexpr const char* kName = "x86-64-v4";
 #elif defined(__AVX2__)
 constexpr int kWide = 4;
-constexpr const char* kName = "x86-64-v3";
 #else
 constexpr int kWide = 2;
-constexpr const char* kName = "generic";
 #endif
 
 #if defined(__clang__)
@@ -234,6 +231,6 @@ void backward(const BackwardSweep<T>& k, bool is_complex) {
 
 }  // namespace
 
-extern const Sweeps S5EQX_SWEEPS = {kName, forward<float>, forward<double>, backward<float>, backward<double>};
+extern const Sweeps S5EQX_SWEEPS = {forward<float>, forward<double>, backward<float>, backward<double>};
 
 }  // namespace s5eqx

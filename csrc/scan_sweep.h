@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace s5eqx {
 
 // s <- a[i] s + b[i] for i = 0 .. count-1, and x[i] = s. The state is held in double. A reset, and a `fresh` first
@@ -47,7 +49,6 @@ struct BackwardSweep {
 };
 
 struct Sweeps {
-  const char* name;
   void (*forward_f32)(const ForwardSweep<float>&, bool is_complex);
   void (*forward_f64)(const ForwardSweep<double>&, bool is_complex);
   void (*backward_f32)(const BackwardSweep<float>&, bool is_complex);
@@ -55,7 +56,12 @@ struct Sweeps {
 };
 
 extern const Sweeps sweeps_generic;
-extern const Sweeps sweeps_v3;  // x86-64-v3: AVX2 and FMA
-extern const Sweeps sweeps_v4;  // x86-64-v4: AVX-512
+extern const Sweeps sweeps_v3;
+extern const Sweeps sweeps_v4;
+
+inline void sweep(const ForwardSweep<float>& k, bool c) { S5EQX_OF_ISA(sweeps).forward_f32(k, c); }
+inline void sweep(const ForwardSweep<double>& k, bool c) { S5EQX_OF_ISA(sweeps).forward_f64(k, c); }
+inline void sweep(const BackwardSweep<float>& k, bool c) { S5EQX_OF_ISA(sweeps).backward_f32(k, c); }
+inline void sweep(const BackwardSweep<double>& k, bool c) { S5EQX_OF_ISA(sweeps).backward_f64(k, c); }
 
 }  // namespace s5eqx

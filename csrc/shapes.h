@@ -1,11 +1,14 @@
-// What every scan handler checks before it touches memory. Python checks the same at trace time; this is the last
-// line, since an FFI target can be called with anything.
+// What every handler checks before it touches memory. Python checks the same at trace time; this is the last line,
+// since an FFI target can be called with anything.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
 #include "scan.h"
+#include "ssm.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace s5eqx {
@@ -156,15 +159,131 @@ inline ScanChecker check_backward(const ffi::AnyBuffer& a, const ffi::AnyBuffer&
   return check;
 }
 
-// The signature of a scan target, after what `binding` has of the context: so many arrays in and out, and two flags.
-template <int kOperands, int kResults, typename Binding>
-auto scan_binding(Binding binding) {
+// The same for the state-space step, whose arrays are all of one real type.
+class SsmChecker {
+ public:
+  SsmChecker(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, int64_t chunk) : type_(u.element_type()) {
+    if (chunk != kSsmChunk && chunk != 1)
+      message_ = "chunk, the steps between kept states, must be " + std::to_string(kSsmChunk) + " or 1; got " +
+                 std::to_string(chunk);
+    const auto u_dims = u.dimensions(), a_dims = a.dimensions();
+    require(type_ == ffi::F32 || type_ == ffi::F64, "u", u, "float32 or float64");
+    require(u_dims.size() == 3, "u", u, "(B, L, D)");
+    require(a_dims.size() == 2, "a", a, "(P, 2)");
+    if (!message_.empty()) return;
+    shape = SsmShape{u_dims[0], u_dims[1], u_dims[2], a_dims[0], chunk, 0};
+    exactly("a", a, {shape.states, 2});
+  }
+
+  void like_u(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, {shape.batch, shape.length, shape.width}); }
+  void multiplier(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, {shape.states, 2}); }
+  void weights_in(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, {shape.width, 2 * shape.states}); }
+  void weights_out(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, {2 * shape.states, shape.width}); }
+  void skip(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, {shape.width}); }
+  void state(const char* name, const ffi::AnyBuffer& x) { exactly(name, x, {shape.batch, shape.states, 2}); }
+  void kept(const ffi::AnyBuffer& x) { exactly("kept", x, {shape.batch, shape.chunks(), shape.states, 2}); }
+  void reset(const ffi::AnyBuffer& flags) {
+    if (!message_.empty()) return;
+    const auto dims = flags.dimensions();
+    const bool byte = flags.element_type() == ffi::PRED || flags.element_type() == ffi::U8;
+    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) &&
+                (dims[1] == shape.length || dims[1] == 0),
+            "reset", flags, "(1 or B, L) bytes, or (1, 0) for none");
+    if (!message_.empty() || dims[1] == 0) return;
+    shape.reset_batch = dims[0] == 1 ? 0 : shape.length;
+    this->flags = static_cast<const uint8_t*>(flags.untyped_data());
+  }
+
+  bool is_double() const { return type_ == ffi::F64; }
+  ffi::Error error() const {
+    return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("s5eqx ssm: " + message_);
+  }
+
+  SsmShape shape{};
+  const uint8_t* flags = nullptr;  // null where there are no resets
+
+ private:
+  void exactly(const char* name, const ffi::AnyBuffer& x, std::initializer_list<int64_t> dims) {
+    if (!message_.empty()) return;
+    std::string wanted = "(";
+    for (const int64_t n : dims) wanted += std::to_string(n) + ", ";
+    const auto given = x.dimensions();
+    require(
+        x.element_type() == type_ && given.size() == dims.size() && std::equal(dims.begin(), dims.end(), given.begin()),
+        name, x, wanted + name_of(type_) + "), which follows from u and a");
+  }
+  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const std::string& what) {
+    if (!ok && message_.empty()) message_ = std::string(name) + " must be " + what + "; got " + show(x);
+  }
+
+  ffi::DataType type_;
+  std::string message_;
+};
+
+inline SsmChecker check_ssm(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, const ffi::AnyBuffer& w_in,
+                            const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& skip, const ffi::AnyBuffer& x0,
+                            const ffi::AnyBuffer& reset, int64_t chunk) {
+  SsmChecker check(u, a, chunk);
+  check.weights_in("w_in", w_in);
+  check.weights_out("w_out", w_out);
+  check.skip("skip", skip);
+  check.state("x0", x0);
+  check.reset(reset);
+  return check;
+}
+
+inline SsmChecker check_ssm_forward(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, const ffi::AnyBuffer& w_in,
+                                    const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& skip, const ffi::AnyBuffer& x0,
+                                    const ffi::AnyBuffer& reset, const ffi::AnyBuffer& y, const ffi::AnyBuffer& last,
+                                    const ffi::AnyBuffer& kept, int64_t chunk) {
+  SsmChecker check = check_ssm(u, a, w_in, w_out, skip, x0, reset, chunk);
+  check.like_u("y", y);
+  check.state("last", last);
+  check.kept(kept);
+  return check;
+}
+
+inline SsmChecker check_ssm_backward(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, const ffi::AnyBuffer& w_in,
+                                     const ffi::AnyBuffer& w_out, const ffi::AnyBuffer& skip, const ffi::AnyBuffer& x0,
+                                     const ffi::AnyBuffer& reset, const ffi::AnyBuffer& kept, const ffi::AnyBuffer& g,
+                                     const ffi::AnyBuffer& g_last, const ffi::AnyBuffer& du, const ffi::AnyBuffer& da,
+                                     const ffi::AnyBuffer& dw_in, const ffi::AnyBuffer& dw_out,
+                                     const ffi::AnyBuffer& dskip, const ffi::AnyBuffer& dx0, int64_t chunk) {
+  SsmChecker check = check_ssm(u, a, w_in, w_out, skip, x0, reset, chunk);
+  check.kept(kept);
+  check.like_u("g", g);
+  check.state("g_last", g_last);
+  check.like_u("du", du);
+  check.multiplier("da", da);
+  check.weights_in("dw_in", dw_in);
+  check.weights_out("dw_out", dw_out);
+  check.skip("dskip", dskip);
+  check.state("dx0", dx0);
+  return check;
+}
+
+// The signature of a target, after what `binding` has of the context: so many arrays in and out, and then attributes.
+template <int kOperands, int kResults, typename Binding, typename Attributes>
+auto array_binding(Binding&& binding, Attributes attributes) {
   if constexpr (kOperands > 0)
-    return scan_binding<kOperands - 1, kResults>(std::move(binding).template Arg<ffi::AnyBuffer>());
+    return array_binding<kOperands - 1, kResults>(std::move(binding).template Arg<ffi::AnyBuffer>(), attributes);
   else if constexpr (kResults > 0)
-    return scan_binding<0, kResults - 1>(std::move(binding).template Ret<ffi::AnyBuffer>());
+    return array_binding<0, kResults - 1>(std::move(binding).template Ret<ffi::AnyBuffer>(), attributes);
   else
-    return std::move(binding).template Attr<bool>("reverse").template Attr<bool>("pairs");
+    return attributes(std::move(binding));
+}
+
+template <int kOperands, int kResults, typename Binding>
+auto scan_binding(Binding&& binding) {
+  return array_binding<kOperands, kResults>(std::move(binding), [](auto&& arrays) {
+    return std::move(arrays).template Attr<bool>("reverse").template Attr<bool>("pairs");
+  });
+}
+
+template <int kOperands, int kResults, typename Binding>
+auto ssm_binding(Binding&& binding) {
+  return array_binding<kOperands, kResults>(
+      std::move(binding), [](auto&& arrays) { return std::move(arrays).template Attr<int64_t>("chunk"); });
 }
 
 }  // namespace s5eqx

@@ -192,14 +192,28 @@ def workspace_bytes(
     dtype = jnp.dtype(dtype)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     scalar_bytes = dtype.itemsize // 2 if is_complex else dtype.itemsize
-    batch, length, states = b_shape[:3]
-    if not all(isinstance(n, int) for n in (batch, length, states)):
-        raise ValueError(
-            f"the CUDA kernels need a fixed shape; got ({', '.join(map(str, b_shape))}): export one program per shape, "
-            'or use_backend("jax")'
-        )
+    batch, length, states = _fixed(b_shape)[:3]
     module = _backend(platform_name)[1]
     return module.workspace_bytes(target, batch, length, states, scalar_bytes, is_complex or pairs, a_shape[1] > 1)
+
+
+def ssm_workspace_bytes(platform_name: str, target: str, u_shape: Sequence[Any], states: int, dtype: Any) -> int | None:
+    """The same for the targets of the state-space step."""
+    if platform_name == "cpu":
+        return None
+    batch, length, width = _fixed(u_shape)
+    return _backend(platform_name)[1].ssm_workspace_bytes(
+        target, batch, length, width, states, jnp.dtype(dtype).itemsize
+    )
+
+
+def _fixed(shape):
+    if not all(isinstance(n, int) for n in shape):
+        raise ValueError(
+            f"the CUDA kernels need a fixed shape; got ({', '.join(map(str, shape))}): export one program per shape, "
+            'or use_backend("jax")'
+        )
+    return shape
 
 
 def backends() -> tuple[NativeBackend, ...]:

@@ -1,7 +1,7 @@
 """Kernels under `jit` with sharded operands: each device runs the kernel on what it holds of batch and state.
 
 XLA knows nothing of the inside of an FFI call and gathers its operands. `custom_partitioning` tells it what the axes
-mean: B and P may be split, L may not.
+mean: some may be split, and the length may not. Results without an axis that is split are summed over the devices.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,9 @@ def sees_devices(primitive: Primitive) -> None:
     prim_requires_devices_during_lowering.add(primitive)
 
 
-def partitioned(ctx, primitive: Primitive, axes: str, params: dict[str, Any]) -> Callable[..., list[jax.Array]] | None:
+def partitioned(
+    ctx, primitive: Primitive, axes: str, lead: int, split: str, params: dict[str, Any]
+) -> Callable[..., list[jax.Array]] | None:
     """The call of `primitive` as something that XLA can partition; None where the bare call serves.
 
     That is on one device, under `shard_map`, where every device runs the kernel on its own anyway (over axes that it
@@ -43,28 +45,36 @@ def partitioned(ctx, primitive: Primitive, axes: str, params: dict[str, Any]) ->
     devices, mesh = (getattr(context, name, None) for name in ("device_assignment", "abstract_mesh"))
     if not devices or len(devices) == 1 or mesh is None or ctx.module_context.lowering_parameters.for_export:
         return None
-    sizes = dict(zip("BLP", ctx.avals_in[1].shape, strict=False))
-    if 0 in sizes.values():
+    inputs, outputs = (part.split() for part in axes.split("->"))
+    sizes = {}  # an operand that is shared along an axis has a size of 1 there
+    for letters, aval in zip(inputs, ctx.avals_in, strict=True):
+        sizes |= {letter: max(n, sizes.get(letter, 0)) for letter, n in zip(letters, aval.shape, strict=False)}
+    if 0 in ctx.avals_in[lead].shape:
         return None
     given = [i for i, aval in enumerate(ctx.avals_in) if aval.size]  # an empty reset is made anew on each device
-    inputs, outputs = (part.split() for part in axes.split("->"))
     operands = [_factors(inputs[i], ctx.avals_in[i].shape, sizes, f"operand{i}") for i in given]
     results = [_factors(outputs[i], aval.shape, sizes, f"result{i}") for i, aval in enumerate(ctx.avals_out)]
 
-    def local(*present):
+    def whole_call(*present):
         rest = iter(present)
         operands = (next(rest) if aval.size else jnp.zeros(aval.shape, aval.dtype) for aval in ctx.avals_in)
         return primitive.bind(*operands, **params)
 
     def partition(mesh, operand_shapes, result_shapes):
-        batch, _, states, *_ = (*_spec(operand_shapes[1].sharding, mesh), None, None, None)
-        held = {"B": batch, "P": states}
+        spec = _spec(operand_shapes[lead].sharding, mesh)
+        held = {letter: how for letter, how in zip(inputs[lead], spec, strict=False) if letter in split and how}
         shard = lambda factors: NamedSharding(mesh, PartitionSpec(*map(held.get, factors)))
+
+        def local(*present):
+            shares = whole_call(*present)
+            lacking = ([held[letter] for letter in held if letter not in letters] for letters in outputs)
+            return [jax.lax.psum(x, over) if over else x for x, over in zip(shares, lacking, strict=True)]
+
         return mesh, local, [*map(shard, results)], tuple(map(shard, operands))
 
     rule = " -> ".join(", ".join(map(" ".join, side)) for side in (operands, results))
-    whole = tuple(factor for factor in dict.fromkeys(chain(*operands, *results)) if factor not in ("B", "P"))
-    spread = custom_partitioning(local)
+    whole = tuple(factor for factor in dict.fromkeys(chain(*operands, *results)) if factor not in split)
+    spread = custom_partitioning(whole_call)
     spread.def_partition(
         partition=partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole
     )

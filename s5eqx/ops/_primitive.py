@@ -18,7 +18,7 @@ from s5eqx.ops import _native
 from s5eqx.ops._partition import partitioned, sees_devices
 
 Arrays = Sequence[jax.Array]
-STATIC = ("reverse", "pairs", "backend")
+STATIC = ("reverse", "pairs", "chunk", "backend")
 _LIBRARIES = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 
 
@@ -82,48 +82,54 @@ def lower_plainly(primitive: Primitive, implementation: Callable[..., Arrays]) -
 
 
 def lower_natively(
-    primitive: Primitive, target: str, axes: str, *, on_cpu: Callable[..., Arrays], elsewhere: Callable[..., Arrays]
+    primitive: Primitive,
+    target: str,
+    axes: str,
+    *,
+    lead: int,
+    split: str,
+    on_cpu: Callable[..., Arrays],
+    elsewhere: Callable[..., Arrays],
+    workspace: Callable[..., int | None],
+    attributes: Callable[..., dict[str, Any] | None] = lambda platform, **params: params,
 ) -> None:
     """Calls the FFI `target` on every platform whose kernels are live, and runs plain JAX on the others.
 
     `axes` are the letters of operands and results, as in "BLP BP -> BLP": a program for several devices calls the
-    kernel on what each of them holds of B and P. `on_cpu` is the plain form for XLA's CPU backend, `elsewhere` the
-    one for any other.
+    kernel on what each of them holds of the axes in `split`, as operand `lead` says. `on_cpu` is the plain form for
+    XLA's CPU backend, `elsewhere` the one for any other. `workspace(platform, target, *operands)` is the size of the
+    room that the target wants to work in, if it wants any; `attributes(platform, **params)` are those of the call,
+    None where the plain form is meant.
     """
 
     def rule_for(platform, plain):
-        def rule(ctx, *operands, backend, **attributes):
+        def rule(ctx, *operands, backend, **params):
             live = platform is not None and _native.is_live(platform)
-            if backend == "jax" or (backend == "auto" and not live):
-                if backend == "auto" and platform == "cuda" and _has_devices(platform):
+            given = attributes(platform, **params)
+            if given is None or backend == "jax" or (backend == "auto" and not live):
+                if given is not None and backend == "auto" and platform == "cuda" and _has_devices(platform):
                     _warn_of_fallback(platform, _why_not_live(platform))
                 lowering = mlir.lower_fun(plain, multiple_results=True)
-                return lowering(ctx, *operands, backend=backend, **attributes)
+                return lowering(ctx, *operands, backend=backend, **params)
             if not live:
                 raise RuntimeError(
                     f"The native kernels are not live on {' or '.join(ctx.module_context.platforms)} "
                     f'({_why_not_live(platform)}), and use_backend("native") asks for them. Use "auto" to fall back on '
                     "plain JAX."
                 )
-            spread = partitioned(ctx, primitive, axes, {"backend": backend, **attributes})
+            spread = partitioned(ctx, primitive, axes, lead, split, {"backend": backend, **params})
             if spread is not None:
                 return mlir.lower_fun(spread, multiple_results=True)(ctx, *operands)
-            return _call_target(target, platform, ctx, operands, attributes)
+            results, size = ctx.avals_out, workspace(platform, target, *ctx.avals_in, **params)
+            if size is not None:
+                ctx = ctx.replace(avals_out=[*results, ShapedArray((size,), jnp.uint8)])
+            return jax.ffi.ffi_lowering(target)(ctx, *operands, **given)[: len(results)]
 
         return rule
 
     mlir.register_lowering(primitive, rule_for(None, elsewhere))
     mlir.register_lowering(primitive, rule_for("cpu", on_cpu), platform="cpu")
     mlir.register_lowering(primitive, rule_for("cuda", elsewhere), platform="cuda")
-
-
-def _call_target(target, platform, ctx, operands, attributes):
-    """The FFI call itself, with room to work in where the platform's kernels want it."""
-    results, (a, b) = ctx.avals_out, ctx.avals_in[:2]
-    size = _native.workspace_bytes(platform, target, a.shape, b.shape, b.dtype, attributes["pairs"])
-    if size is not None:
-        ctx = ctx.replace(avals_out=[*results, ShapedArray((size,), jnp.uint8)])
-    return jax.ffi.ffi_lowering(target)(ctx, *operands, **attributes)[: len(results)]
 
 
 def _why_not_live(platform):

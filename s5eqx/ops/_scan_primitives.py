@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad
 
+from s5eqx.ops import _native
 from s5eqx.ops._primitive import (
     bind,
     differentiate_by,
@@ -117,9 +118,15 @@ backward_p = new_primitive(
     ],
 )
 
-lower_natively(scan_p, "s5eqx_scan_forward", "BLP BLP BP BL -> BLP", on_cpu=loop, elsewhere=blocked)
-lower_natively(final_p, "s5eqx_scan_final", "BLP BLP BP BL -> BP", on_cpu=_final(loop), elsewhere=_final(blocked))
-lower_natively(
+
+def _workspace(platform, target, a, b, *_, pairs, **__):
+    return _native.workspace_bytes(platform, target, a.shape, b.shape, b.dtype, pairs)
+
+
+_native_forms = partial(lower_natively, lead=1, split="BP", workspace=_workspace)
+_native_forms(scan_p, "s5eqx_scan_forward", "BLP BLP BP BL -> BLP", on_cpu=loop, elsewhere=blocked)
+_native_forms(final_p, "s5eqx_scan_final", "BLP BLP BP BL -> BP", on_cpu=_final(loop), elsewhere=_final(blocked))
+_native_forms(
     backward_p, "s5eqx_scan_backward", "BLP BLP BP BL BLP -> BLP BLP BP", on_cpu=_backward, elsewhere=_backward
 )
 lower_plainly(tangent_p, _tangent)

@@ -6,7 +6,7 @@ from jax import lax
 from s5eqx._typing import Array, Bool, Complex, Float, checked
 from s5eqx.ops._backend import current_backend
 from s5eqx.ops._primitive import bind
-from s5eqx.ops._ssm_primitives import ssm_p
+from s5eqx.ops._ssm_primitives import CHUNK, ssm_p
 from s5eqx.ops.scan import diagonal_scan_pairs
 
 
@@ -62,11 +62,18 @@ def ssm(
     flags = jnp.zeros((1, 0), bool) if reset is None else jnp.asarray(reset).reshape(rows, length)
 
     if Lambda_bar.ndim == 1 and gain is None:
-        y, last, _ = bind(ssm_p, drive, a, w_in, w_out, D, start, flags, backend=current_backend())
+        y, last, _ = bind(
+            ssm_p, drive, a, w_in, w_out, D, start, flags, chunk=_chunk(width, states), backend=current_backend()
+        )
     else:
         y, last = _varying(drive, a, w_in, w_out, D, start, flags if reset is not None else None, gain)
     y = y.reshape(u.shape).astype(u.dtype)
     return y, lax.complex(last[..., 0], last[..., 1]).reshape(*batch, states)
+
+
+def _chunk(width, states):
+    """Which layers the fused kernels serve. In wide ones the matrix products rule, and XLA's are as good."""
+    return CHUNK if width <= 256 and states <= 128 else 1
 
 
 def _varying(u, a, w_in, w_out, D, x0, reset, gain):

@@ -3,7 +3,13 @@
 // one instruction set never stands in for another's.
 #include "scan_sweep.h"
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef S5EQX_SWEEPS
 #define S5EQX_SWEEPS sweeps_generic
@@ -13,12 +19,19 @@ namespace s5eqx {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kWide = 8;
+constexpr int kWide = 8, kMostForward = 16, kMostBackward = 8;  // scalars a vector; vectors side by side
 #elif defined(__AVX2__)
-constexpr int kWide = 4;
+constexpr int kWide = 4, kMostForward = 4, kMostBackward = 4;
 #else
-constexpr int kWide = 2;
+constexpr int kWide = 2, kMostForward = 4, kMostBackward = 4;
 #endif
+
+constexpr int64_t kStripBytes = 8 << 10;
+
+template <int W>
+using Lanes = std::integral_constant<int, W>;
+template <int N>
+using Count = std::integral_constant<int, N>;
 
 #if defined(__clang__)
 #define S5EQX_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
@@ -63,6 +76,9 @@ inline typename Vec<W>::D load(const T* p) {
   if constexpr (sizeof(T) == 4) {
     typename Vec<W>::F v;
     std::memcpy(&v, p, sizeof v);
+#if defined(__AVX512F__)  // GCC 12 makes two conversions and an insertion of the general form
+    if constexpr (W == 8) return _mm512_cvtps_pd(v);
+#endif
     return __builtin_convertvector(v, typename Vec<W>::D);
   } else {
     typename Vec<W>::D v;
@@ -96,116 +112,149 @@ struct Multiplier {
   }
 };
 
-// N vectors of W scalars, from scalar `at` of every row.
+// N vectors of W scalars, from scalar `at` of every row. What the loops read of `k` is copied first: for all a compiler
+// knows, a store to x may change it.
 template <typename T, int W, int N, bool Complex, bool TimeVarying, bool Write>
 void forward_tile(const ForwardSweep<T>& k, int64_t at) {
   using D = typename Vec<W>::D;
+  const T *a = k.a + at, *b = k.b + at;
+  T* x = Write ? k.x + at : nullptr;
+  const uint8_t* reset = k.reset;
+  const int64_t a_step = k.a_step, step = k.step, reset_step = k.reset_step, count = k.count;
+  const bool conjugate = k.conjugate, multiplies = TimeVarying && !Write && k.product;
+  bool fresh = k.fresh;
   D s[N], product[N];
   Multiplier<W, Complex> m[N];
   for (int n = 0; n < N; ++n) {
     s[n] = load<W>(k.in + at + n * W);
-    if constexpr (!TimeVarying) m[n] = {load<W>(k.a + at + n * W), k.conjugate};
+    if constexpr (!TimeVarying) m[n] = {load<W>(a + n * W), conjugate};
     product[n] = Complex ? (Vec<W>::alternate() * -0.5 + 0.5) : D{} + 1.0;  // 1 + 0i, or 1
   }
-  for (int64_t i = 0; i < k.count; ++i) {
-    const T* b = k.b + i * k.step + at;
-    const bool drop = (k.fresh && i == 0) || (k.reset && k.reset[i * k.reset_step]);
-    if (drop) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (fresh || (reset && *reset)) {
       for (int n = 0; n < N; ++n) s[n] = load<W>(b + n * W);
     } else {
-      const T* a = k.a + i * k.a_step + at;
       for (int n = 0; n < N; ++n) {
-        if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), k.conjugate};
+        if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), conjugate};
         s[n] = m[n].multiply_add(s[n], load<W>(b + n * W));
         if constexpr (TimeVarying && !Write)
-          if (k.product) product[n] = m[n].multiply_add(product[n], D{});
+          if (multiplies) product[n] = m[n].multiply_add(product[n], D{});
       }
     }
-    if constexpr (Write)
-      for (int n = 0; n < N; ++n) store<W>(k.x + i * k.step + at + n * W, s[n]);
+    if constexpr (Write) {
+      for (int n = 0; n < N; ++n) store<W>(x + n * W, s[n]);
+      x += step;
+    }
+    fresh = false;
+    a += a_step;
+    b += step;
+    if (reset) reset += reset_step;
   }
   for (int n = 0; n < N; ++n) {
     store<W>(k.out + at + n * W, s[n]);
-    if constexpr (TimeVarying && !Write)
-      if (k.product) store<W>(k.product + at + n * W, product[n]);
+    if (multiplies) store<W>(k.product + at + n * W, product[n]);
   }
 }
 
 template <typename T, int W, int N, bool Complex, bool TimeVarying>
 void backward_tile(const BackwardSweep<T>& k, int64_t at) {
   using D = typename Vec<W>::D;
+  // The multiplier and the flag of a step stand one step before it; x_prev one step after.
+  const T *a = k.a + at - k.a_step, *g = k.g + at, *x = k.x + k.step + at, *x_last = k.x_last;
+  T *lambda = k.lambda + at, *da = TimeVarying ? k.da + at : nullptr;
+  const uint8_t* reset = k.reset;
+  const int64_t a_step = k.a_step, step = k.step, reset_step = k.reset_step, count = k.count;
+  const bool conjugate = k.conjugate;
+  bool drop = k.fresh || (reset && *(reset - reset_step));
   D s[N], straight[N], crossed[N];
   Multiplier<W, Complex> m[N];
   for (int n = 0; n < N; ++n) {
     s[n] = load<W>(k.in + at + n * W);
     straight[n] = crossed[n] = D{};
-    if constexpr (!TimeVarying) m[n] = {load<W>(k.a + at + n * W), k.conjugate};
+    if constexpr (!TimeVarying) m[n] = {load<W>(k.a + at + n * W), conjugate};
   }
-  for (int64_t i = 0; i < k.count; ++i) {
-    const T* g = k.g + i * k.step + at;
-    const bool drop = (k.fresh && i == 0) || (k.reset && k.reset[(i - 1) * k.reset_step]);
-    const bool dropped_here = k.reset && k.reset[i * k.reset_step];
-    const T* a = k.a + (i - 1) * k.a_step + at;
-    const T* x = (k.x_last && i == k.count - 1) ? k.x_last + at : k.x + (i + 1) * k.step + at;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool dropped_here = reset && *reset;
+    if (x_last && i == count - 1) x = x_last + at;
     for (int n = 0; n < N; ++n) {
       const D v = load<W>(g + n * W);
       if (drop) {
         s[n] = v;
       } else {
-        if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), k.conjugate};
+        if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), conjugate};
         s[n] = m[n].multiply_add(s[n], v);
       }
-      store<W>(k.lambda + i * k.step + at + n * W, s[n]);
+      store<W>(lambda + n * W, s[n]);
       if constexpr (TimeVarying) {
-        const D da = Multiplier<W, Complex>(load<W>(x + n * W), k.conjugate).multiply_add(s[n], D{});
-        store<W>(k.da + i * k.step + at + n * W, dropped_here ? D{} : da);
+        const D da_n = Multiplier<W, Complex>(load<W>(x + n * W), conjugate).multiply_add(s[n], D{});
+        store<W>(da + n * W, dropped_here ? D{} : da_n);
       } else if (!dropped_here) {
         const D xv = load<W>(x + n * W);
         straight[n] += xv * s[n];
         if constexpr (Complex) crossed[n] += xv * Vec<W>::swap(s[n]);
       }
     }
+    drop = dropped_here;
+    a += a_step;
+    g += step;
+    x += step;
+    lambda += step;
+    if constexpr (TimeVarying) da += step;
+    if (reset) reset += reset_step;
   }
   for (int n = 0; n < N; ++n) {
     store<W>(k.out + at + n * W, s[n]);
     if constexpr (!TimeVarying) {
-      store<W>(k.da_sum + at + n * W, straight[n]);
-      store<W>(k.da_sum + k.width + at + n * W, crossed[n]);
+      double* const sum = k.da_sum + at + n * W;
+      store<W>(sum, k.adds ? load<W>(sum) + straight[n] : straight[n]);
+      store<W>(sum + k.width, k.adds ? load<W>(sum + k.width) + crossed[n] : crossed[n]);
     }
   }
 }
 
-// Covers `width` scalars with tiles of 4 and 1 vectors of W; the last vector overlaps the one before it where W does
-// not divide (it computes the same numbers again). Rows narrower than a vector fall to one complex or real number at a
-// time.
-template <int W, int Narrow, typename Tile4, typename Tile1, typename TileNarrow>
-inline void cover(int64_t width, Tile4 tile4, Tile1 tile1, TileNarrow narrow) {
+// Covers `width` scalars with tiles of as many vectors of W as there are: memory likes to be read along its rows. The
+// last vector overlaps the one before it where W does not divide (it computes the same numbers again). Rows narrower
+// than a vector fall to one complex or real number at a time.
+template <int Most, int Narrow, typename Tile>
+inline void cover(int64_t width, Tile tile) {
+  constexpr int W = kWide;
   if (width < W) {
-    for (int64_t at = 0; at < width; at += Narrow) narrow(at);
+    for (int64_t at = 0; at < width; at += Narrow) tile(Lanes<Narrow>{}, Count<1>{}, at);
     return;
   }
   int64_t at = 0;
-  for (; at + 4 * W <= width; at += 4 * W) tile4(at);
-  for (; at + W <= width; at += W) tile1(at);
-  if (at < width) tile1(width - W);
+  for (; Most >= 16 && at + 16 * W <= width; at += 16 * W) tile(Lanes<W>{}, Count<Most >= 16 ? 16 : 1>{}, at);
+  for (; Most >= 8 && at + 8 * W <= width; at += 8 * W) tile(Lanes<W>{}, Count<Most >= 8 ? 8 : 1>{}, at);
+  for (; at + 4 * W <= width; at += 4 * W) tile(Lanes<W>{}, Count<4>{}, at);
+  for (; at + W <= width; at += W) tile(Lanes<W>{}, Count<1>{}, at);
+  if (at < width) tile(Lanes<W>{}, Count<1>{}, width - W);
+}
+
+// Rows wider than a tile are swept some steps at a time, so that memory is read in order and not in stripes. Not where
+// vectors overlap: what one has left behind, the next must not take up.
+template <typename K, typename Rows>
+inline void in_strips(const K& k, bool may, int64_t row_bytes, Rows rows) {
+  const bool does = may && k.width > 4 * kWide && k.width % kWide == 0;
+  const int64_t most = does ? std::max<int64_t>(8, kStripBytes / row_bytes) : k.count;
+  for (int64_t first = 0; first < k.count; first += most) rows(k.part(first, std::min(most, k.count - first)));
 }
 
 template <typename T, bool Complex, bool TimeVarying, bool Write>
 void forward_rows(const ForwardSweep<T>& k) {
-  constexpr int narrow = Complex ? 2 : 1;
-  cover<kWide, narrow>(
-      k.width, [&](int64_t at) { forward_tile<T, kWide, 4, Complex, TimeVarying, Write>(k, at); },
-      [&](int64_t at) { forward_tile<T, kWide, 1, Complex, TimeVarying, Write>(k, at); },
-      [&](int64_t at) { forward_tile<T, narrow, 1, Complex, TimeVarying, Write>(k, at); });
+  in_strips(k, !TimeVarying || Write, k.width * sizeof(T), [](const ForwardSweep<T>& part) {
+    cover<kMostForward, Complex ? 2 : 1>(part.width, [&](auto lanes, auto count, int64_t at) {
+      forward_tile<T, lanes.value, count.value, Complex, TimeVarying, Write>(part, at);
+    });
+  });
 }
 
 template <typename T, bool Complex, bool TimeVarying>
 void backward_rows(const BackwardSweep<T>& k) {
-  constexpr int narrow = Complex ? 2 : 1;
-  cover<kWide, narrow>(
-      k.width, [&](int64_t at) { backward_tile<T, kWide, 4, Complex, TimeVarying>(k, at); },
-      [&](int64_t at) { backward_tile<T, kWide, 1, Complex, TimeVarying>(k, at); },
-      [&](int64_t at) { backward_tile<T, narrow, 1, Complex, TimeVarying>(k, at); });
+  in_strips(k, true, k.width * sizeof(T), [](const BackwardSweep<T>& part) {
+    cover<kMostBackward, Complex ? 2 : 1>(part.width, [&](auto lanes, auto count, int64_t at) {
+      backward_tile<T, lanes.value, count.value, Complex, TimeVarying>(part, at);
+    });
+  });
 }
 
 template <typename T, bool Complex>

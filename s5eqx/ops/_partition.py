@@ -63,11 +63,12 @@ def partitioned(
     def partition(mesh, operand_shapes, result_shapes):
         spec = _spec(operand_shapes[lead].sharding, mesh)
         held = {letter: how for letter, how in zip(inputs[lead], spec, strict=False) if letter in split and how}
+        names = lambda letter: held[letter] if isinstance(held[letter], tuple) else (held[letter],)
         shard = lambda factors: NamedSharding(mesh, PartitionSpec(*map(held.get, factors)))
 
         def local(*present):
             shares = whole_call(*present)
-            lacking = ([held[letter] for letter in held if letter not in letters] for letters in outputs)
+            lacking = ([n for letter in held if letter not in letters for n in names(letter)] for letters in outputs)
             return [jax.lax.psum(x, over) if over else x for x, over in zip(shares, lacking, strict=True)]
 
         return mesh, local, [*map(shard, results)], tuple(map(shard, operands))

@@ -91,7 +91,9 @@ struct Plan {
   bool by_block() const { return batch < many_rows && blocks > 1; }
   int64_t tasks() const { return by_block() ? batch * blocks : (batch + rows_a_task - 1) / rows_a_task; }
   int64_t task_of(int64_t row, int64_t block) const { return by_block() ? block * batch + row : row / rows_a_task; }
-  int64_t workers(const Parallel& parallel) const { return serial ? 1 : std::min(tasks(), parallel.helpers + 1); }
+  int64_t workers(const Parallel& parallel, int64_t tasks) const {
+    return serial ? 1 : std::min(tasks, parallel.helpers + 1);
+  }
 
   template <typename Enter, typename Prepare, typename Fold, typename Sweep>
   void run(const Parallel& parallel, Enter enter, Prepare prepare, Fold fold, Sweep sweep) const {

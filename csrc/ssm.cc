@@ -117,6 +117,38 @@ struct Layer {
   }
 };
 
+// sums = [sum_t u[t]^T lambda[t], sum_t g[t]^T x[t], sum_t u[t] g[t]] over a block, or added to what they are. `lambda`
+// and `x` have rows of `row`; so many steps at a time as stay in the first cache.
+template <typename T>
+void weight_gradients(const SsmShape& s, int64_t row, int64_t count, const T* u, const T* g, const T* lambda,
+                      const T* x, T* sums, bool adds) {
+  T *const in = sums, *const out = in + s.width * row, *const skip = out + s.width * row;
+  if (!adds) std::fill_n(skip, s.width, T(0));
+  const auto outer = [&](const T* left, const T* right, int64_t steps, T* c) {
+    Product<T> p{};
+    p.m = s.width;
+    p.n = row;
+    p.k = steps;
+    p.a = left;
+    p.a_step = s.width;
+    p.transposed = true;
+    p.b = right;
+    p.b_step = row;
+    p.b_panel = kPanel<T>;
+    p.c = c;
+    p.c_step = row;
+    p.accumulate = adds;
+    multiply(p);
+  };
+  for (int64_t t = 0; t < count; t += kSsmChunk, adds = true) {
+    const int64_t steps = std::min(kSsmChunk, count - t);
+    const T *const u_t = u + t * s.width, *const g_t = g + t * s.width;
+    outer(u_t, lambda + t * row, steps, in);
+    outer(g_t, x + t * row, steps, out);
+    sum(ColumnSums<T>{steps, s.width, u_t, g_t, skip});
+  }
+}
+
 // One a worker, uninitialised.
 template <typename T>
 class Scratch {
@@ -138,7 +170,7 @@ void ssm_forward(const SsmShape& s, const SsmInputs<T>& in, const SsmOutputs<T>&
   const int64_t pairs = 2 * s.states, row = padded<T>(pairs);
   const Layer<T> layer(s, in, row + 2 * s.width, /*is_backward=*/false);
   const Panels<T> w_in(in.w_in, s.width, pairs, pairs, 1), w_out(in.w_out, pairs, s.width, s.width, 1);
-  const Scratch<T> scratch(layer.plan.workers(parallel), layer.steps * row);
+  const Scratch<T> scratch(layer.plan.workers(parallel, layer.plan.tasks()), layer.steps * row);
 
   layer.plan.run(
       parallel,
@@ -185,11 +217,11 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
   const Panels<T> w_out_t(in.w_out, s.width, pairs, 1, s.width);
   // lambda, then x with the state that enters the block in front
   const int64_t states = layer.steps * row;
-  const Scratch<T> scratch(plan.workers(parallel), 2 * states + row);
-  // Sums over the blocks of each task: of dw_in, of the transpose of dw_out and of dskip; and of da, in double.
-  const int64_t slot = 2 * weights + s.width;
-  const Scratch<T> sums(plan.tasks(), slot);
-  std::vector<double> da(plan.tasks() * 2 * row, 0.0), of_blocks(plan.workers(parallel) * 3 * row);
+  const int64_t workers = plan.workers(parallel, plan.tasks());
+  const Scratch<T> scratch(workers, 2 * states + row);
+  // Over the blocks of each task: `weight_gradients`, and da in double.
+  const Scratch<T> sums(plan.tasks(), 2 * weights + s.width);
+  std::vector<double> da(plan.tasks() * 2 * row), enters(workers * row);
 
   const auto at = [&](int64_t block) { return layer.blocks - 1 - block; };  // the plan runs against time
   const auto g_at = [&](int64_t b, int64_t t) { return ct.y + (b * s.length + t) * s.width; };
@@ -226,7 +258,6 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
         T *const lambda = scratch.of(worker), *const before = lambda + states, *const x = before + row;
         const T *const u = layer.u(b, first), *const g = g_at(b, first);
 
-        double *const da_block = of_blocks.data() + worker * 3 * row, *const entering = da_block + 2 * row;
         const T* const kept = ct.kept + (b * s.chunks() + first / s.chunk) * pairs;
         std::fill_n(before, row, T(0));
         std::copy_n(block == 0 ? in.x0 + b * pairs : kept - pairs, pairs, before);
@@ -234,17 +265,20 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
           for (int64_t t = 0; t < count; ++t) std::copy_n(kept + t * pairs, pairs, x + t * row);
         } else {
           multiply(w_in.product(u, s.width, count, row, x, row));
+          double* const entering = enters.data() + worker * row;
           std::copy_n(before, row, entering);
           layer.states(b, block, x, entering, leave);
         }
 
         const int64_t task = plan.task_of(b, i);
+        const bool begins = plan.by_block() || (i == 0 && b % plan.rows_a_task == 0);
         BackwardSweep<T> back{};
         back.a = layer.a.data();
         back.g = lambda + (count - 1) * row;
         back.x = x + (count - 1) * row;
         back.lambda = lambda + (count - 1) * row;
-        back.da_sum = da_block;
+        back.da_sum = da.data() + task * 2 * row;
+        back.adds = !begins;
         back.step = -row;
         back.reset = layer.reset(b, first + count - 1);
         back.reset_step = -1;
@@ -255,7 +289,6 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
         back.in = enter;
         back.out = leave;
         sweep(back, true);
-        for (int64_t p = 0; p < 2 * row; ++p) da[task * 2 * row + p] += da_block[p];
         if (block == 0) {
           const bool dropped = in.reset && *layer.reset(b, 0);
           for (int64_t p = 0; p < pairs; p += 2) {
@@ -269,35 +302,11 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
         du.scale = in.skip;
         du.addend = g;
         multiply(du);
-        T* const dw = sums.of(task);
-        bool begun = i > 0 && !plan.by_block();
-        begun |= !plan.by_block() && b % plan.rows_a_task != 0;
-        if (!begun) std::fill_n(dw + 2 * weights, s.width, T(0));
-        for (int64_t t = 0; t < count; t += kSsmChunk, begun = true) {
-          Product<T> p{};
-          p.m = s.width;
-          p.n = row;
-          p.k = std::min(kSsmChunk, count - t);
-          p.a_step = s.width;
-          p.transposed = true;
-          p.b_step = row;
-          p.b_panel = kPanel<T>;
-          p.c_step = row;
-          p.accumulate = begun;
-          p.a = u + t * s.width;
-          p.b = lambda + t * row;
-          p.c = dw;
-          multiply(p);
-          p.a = g + t * s.width;
-          p.b = x + t * row;
-          p.c = dw + weights;
-          multiply(p);
-          sum(ColumnSums<T>{p.k, s.width, u + t * s.width, g + t * s.width, dw + 2 * weights});
-        }
+        weight_gradients(s, row, count, u, g, lambda, x, sums.of(task), !begins);
       });
 
   // Task by task, in order, in double.
-  std::vector<double> totals(plan.workers(parallel) * 2 * row);
+  std::vector<double> totals(plan.workers(parallel, s.width) * 2 * row);
   plan.each(parallel, s.width, [&](int64_t worker, int64_t d) {
     double *const of_in = totals.data() + worker * 2 * row, *const of_out = of_in + row;
     double of_skip = 0;

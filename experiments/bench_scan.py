@@ -3,9 +3,9 @@
     python experiments/bench_scan.py
 
 Times complex64, time-invariant scans, forward and forward + backward (gradients of a and b), all programs
-interleaved in one run, and does so twice: with the allocator settings of `_timing.TUNED` and without. Then
-compares the errors at |a| = 0.99999 against a float64 recurrence. Two minutes on two cores. `--json FILE` keeps
-the numbers.
+interleaved in one run, and does so twice: with the allocator settings of `_timing.TUNED` and without. `b + 1`, which
+reads and writes as much as a forward scan and does nothing else, says how fast memory is. Then compares the errors at
+|a| = 0.99999 against a float64 recurrence. Two minutes on two cores. `--json FILE` keeps the numbers.
 """
 
 import dataclasses
@@ -73,6 +73,7 @@ def measure_speed(repeats):
         a, b, g = draw(shape, 0.999)
         rounds = 50 * repeats if b.size < 10_000 else repeats
         forward = {name: partial(jax.jit(scan), a, b) for name, scan in PROGRAMS.items()}
+        forward["b + 1"] = partial(jax.jit(lambda b: b + 1), b)
         both = {name: partial(jax.jit(partial(forward_and_backward, scan)), a, b, g) for name, scan in PROGRAMS.items()}
         rows.append({"shape": shape, "pass": "forward", **interleaved_medians(forward, rounds)})
         rows.append({"shape": shape, "pass": "forward + backward", **interleaved_medians(both, rounds)})
@@ -94,7 +95,7 @@ def report(rows):
     print(
         f"{'(B, L, P)':<18}{'pass':<20}"
         + "".join(f"{name:>18}" for name in PROGRAMS)
-        + f"{'over assoc.':>13}{'over best':>11}"
+        + f"{'over assoc.':>13}{'over best':>11}{'of b + 1':>11}"
     )
     gains = []
     for row in rows:
@@ -102,7 +103,8 @@ def report(rows):
         gains.append(others[0] / ours)
         times = "".join(f"{1e3 * row[name]:>15.3f} ms" for name in PROGRAMS)
         over = f"{gains[-1]:>12.1f}x{min(others) / ours:>10.2f}x"
-        print(f"{tuple(row['shape'])!s:<18}{row['pass']:<20}{times}{over}")
+        of_memory = f"{100 * row['b + 1'] / ours:>9.0f} %" if "b + 1" in row else ""
+        print(f"{tuple(row['shape'])!s:<18}{row['pass']:<20}{times}{over}{of_memory}")
     mean = lambda values: math.exp(statistics.fmean(map(math.log, values)))
     print(f"geometric means over associative_scan: forward {mean(gains[::2]):.1f}x, ", end="")
     print(f"forward + backward {mean(gains[1::2]):.1f}x, all {mean(gains):.1f}x\n")

@@ -10,14 +10,17 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _HERE = Path(__file__).parent
+_PROJECTIONS = ("float32", "3xtf32", "tf32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +201,26 @@ def workspace_bytes(
 
 
 def ssm_workspace_bytes(platform_name: str, target: str, u_shape: Sequence[Any], states: int, dtype: Any) -> int | None:
-    """The same for the targets of the state-space step."""
+    """The same for the targets of the state-space step; -1 where they do not take such sizes."""
     if platform_name == "cpu":
         return None
     batch, length, width = _fixed(u_shape)
-    return _backend(platform_name)[1].ssm_workspace_bytes(
-        target, batch, length, width, states, jnp.dtype(dtype).itemsize
-    )
+    module, scalar_bytes = _backend(platform_name)[1], jnp.dtype(dtype).itemsize
+    return module.ssm_workspace_bytes(target, batch, length, width, states, scalar_bytes, int(ssm_projection(dtype)))
+
+
+def ssm_projection(dtype: Any) -> np.int64:
+    """How the CUDA kernels multiply matrices: 0 in the precision of `dtype`; in float32 also on tensor cores, 1 with
+    three products for one, 2 with the precision of TF32. S5EQX_SSM_PROJECTION chooses, for the whole process."""
+    return np.int64(_projection() if jnp.dtype(dtype) == jnp.float32 else 0)
+
+
+@cache
+def _projection():
+    wish = os.environ.get("S5EQX_SSM_PROJECTION", _PROJECTIONS[0])
+    if wish not in _PROJECTIONS:
+        raise ValueError(f"S5EQX_SSM_PROJECTION must be one of {', '.join(_PROJECTIONS)}; got {wish!r}.")
+    return _PROJECTIONS.index(wish)
 
 
 def _fixed(shape):

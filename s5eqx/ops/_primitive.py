@@ -91,26 +91,26 @@ def lower_natively(
     on_cpu: Callable[..., Arrays],
     elsewhere: Callable[..., Arrays],
     workspace: Callable[..., int | None],
-    attributes: Callable[..., dict[str, Any] | None] = lambda platform, **params: params,
+    attributes: Callable[..., dict[str, Any] | None] = lambda platform, *operands, **params: params,
 ) -> None:
     """Calls the FFI `target` on every platform whose kernels are live, and runs plain JAX on the others.
 
     `axes` are the letters of operands and results, as in "BLP BP -> BLP": a program for several devices calls the
     kernel on what each of them holds of the axes in `split`, as operand `lead` says. `on_cpu` is the plain form for
-    XLA's CPU backend, `elsewhere` the one for any other. `workspace(platform, target, *operands)` is the size of the
-    room that the target wants to work in, if it wants any; `attributes(platform, **params)` are those of the call,
-    None where the plain form is meant.
+    XLA's CPU backend, `elsewhere` the one for any other. `workspace(platform, target, *operands, **params)` is the size
+    of the room that the target wants to work in, None if it wants none, -1 if it does not take such operands;
+    `attributes(platform, *operands, **params)` are those of the call, None where the plain form is meant.
     """
 
     def rule_for(platform, plain):
         def rule(ctx, *operands, backend, **params):
             live = platform is not None and _native.is_live(platform)
-            given = attributes(platform, **params)
+            given = attributes(platform, *ctx.avals_in, **params)
+            plainly = mlir.lower_fun(partial(plain, backend=backend, **params), multiple_results=True)
             if given is None or backend == "jax" or (backend == "auto" and not live):
                 if given is not None and backend == "auto" and platform == "cuda" and _has_devices(platform):
                     _warn_of_fallback(platform, _why_not_live(platform))
-                lowering = mlir.lower_fun(plain, multiple_results=True)
-                return lowering(ctx, *operands, backend=backend, **params)
+                return plainly(ctx, *operands)
             if not live:
                 raise RuntimeError(
                     f"The native kernels are not live on {' or '.join(ctx.module_context.platforms)} "
@@ -121,6 +121,8 @@ def lower_natively(
             if spread is not None:
                 return mlir.lower_fun(spread, multiple_results=True)(ctx, *operands)
             results, size = ctx.avals_out, workspace(platform, target, *ctx.avals_in, **params)
+            if size == -1:
+                return plainly(ctx, *operands)
             if size is not None:
                 ctx = ctx.replace(avals_out=[*results, ShapedArray((size,), jnp.uint8)])
             return jax.ffi.ffi_lowering(target)(ctx, *operands, **given)[: len(results)]

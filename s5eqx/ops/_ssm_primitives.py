@@ -132,9 +132,11 @@ backward_p = new_primitive(
 )
 
 
-def _attributes(platform, *, chunk):
+def _attributes(platform, u, *_, chunk):
     """Of the FFI call; None where no kernel of the platform is meant: GPUs have matrix products for wide layers."""
-    return None if chunk == 1 and platform != "cpu" else {"chunk": np.int64(chunk)}
+    if platform == "cpu":
+        return {"chunk": np.int64(chunk)}
+    return None if chunk == 1 else {"chunk": np.int64(chunk), "projection": _native.ssm_projection(u.dtype)}
 
 
 def _workspace(platform, target, u, a, *_, **__):

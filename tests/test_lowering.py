@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scan_problems import native
 
 import s5eqx
-from s5eqx.ops import _native, _primitive, diagonal_scan, final_state, use_backend
+from s5eqx.ops import _native, _primitive, diagonal_scan, final_state, ssm, use_backend
 
 TARGETS = ("s5eqx_scan_forward", "s5eqx_scan_backward", "s5eqx_scan_final")
 cuda_built = pytest.mark.skipif(not s5eqx.backends()[1].live, reason=s5eqx.backends()[1].detail)
@@ -60,6 +60,49 @@ def test_cuda_calls_have_a_workspace_as_their_last_result(cuda_is_live):
     assert [aval.shape for aval in program.out_avals] == [(2, 5, 3), (3,), (2, 3)]
     what = ((1, 1, 3), (2, 5, 3), jnp.float32, False)
     assert {call[0]: call[1:] for call in cuda_is_live} == dict.fromkeys(TARGETS, what)
+
+
+SSM = ("s5eqx_ssm_forward", "s5eqx_ssm_backward")
+
+
+def ssm_exported(width, dtype=jnp.float32):
+    """The layer and all its gradients, as a program for CUDA."""
+    complex_dtype = np.result_type(dtype, np.complex64)
+    a, B, C = (jnp.ones(shape, complex_dtype) for shape in ((2,), (2, width), (width, 2)))
+    skip, u = jnp.ones(width, dtype), jnp.ones((3, 130, width), dtype)
+    energy = lambda *z: jnp.sum(ssm(*z)[0] ** 2)
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in (*TARGETS, *SSM)]
+    gradients = jax.jit(jax.grad(energy, argnums=tuple(range(5))))
+    return export.export(gradients, platforms=["cuda"], disabled_checks=allowed)(u, a, B, C, skip).mlir_module()
+
+
+def test_cuda_calls_of_the_state_space_step(cuda_is_live, monkeypatch, x64):
+    """Workspace, kept states and the way of the products; elsewhere the scan's kernels between matrix products."""
+    monkeypatch.setattr(_native, "ssm_workspace_bytes", lambda platform, target, *_: SSM.index(target) + 17)
+    monkeypatch.setattr(_native, "_projection", lambda: 1)
+    for dtype, projection in ((jnp.float32, 1), (jnp.float64, 0)):
+        text = ssm_exported(4, dtype)
+        for i, target in enumerate(SSM):
+            (call,) = re.findall(rf"stablehlo.custom_call @{target}\((.*?)(?: loc\(.*)?\n", text)
+            assert f"{{chunk = 64 : i64, projection = {projection} : i64}}" in call
+            assert f"tensor<{i + 17}xui8>" in call.rsplit(") -> ", 1)[1]
+            assert "tensor<3x3x2x2x" in call, "three states are kept of 130"
+        assert not any(f"@{target}" in text for target in TARGETS)
+    wide = ssm_exported(300)
+    monkeypatch.setattr(_native, "ssm_workspace_bytes", lambda *_: -1)
+    for text in (wide, ssm_exported(4)):  # too wide; not taken by the kernels
+        assert "@s5eqx_scan_forward" in text and "@s5eqx_scan_backward" in text and "@s5eqx_ssm" not in text
+
+
+def test_the_way_of_the_products_is_one_of_three(monkeypatch):
+    _native._projection.cache_clear()
+    monkeypatch.setenv("S5EQX_SSM_PROJECTION", "3xtf32")
+    assert (_native.ssm_projection(jnp.float32), _native.ssm_projection(jnp.float64)) == (1, 0)
+    _native._projection.cache_clear()
+    monkeypatch.setenv("S5EQX_SSM_PROJECTION", "bf16")
+    with pytest.raises(ValueError, match="must be one of float32, 3xtf32, tf32; got 'bf16'"):
+        _native.ssm_projection(jnp.float32)
+    _native._projection.cache_clear()
 
 
 @cuda_built

@@ -18,6 +18,8 @@ using Status = cudaError_t;
 #if defined(__CUDACC__)
 // Shared memory of one block; `type` is trivial.
 #define S5EQX_SHARED(type, name) __shared__ type name
+// As many bytes of it as the launch asks for.
+#define S5EQX_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 // One word that is data and signal at once needs no fence: whoever sees the word, sees all of it.
 __device__ inline uint64_t load_relaxed(const uint64_t* word) {
@@ -51,29 +53,62 @@ __device__ inline T shuffle_down(T x, unsigned lanes) {
   return __shfl_down_sync(0xffffffffu, x, lanes);
 }
 __device__ inline uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+
+// TF32 is float32 with 10 bits of fraction.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCompilesTf32 = false;
+#else
+constexpr bool kCompilesTf32 = true;
+__device__ inline uint32_t round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// c += a b of (16, 8), (8, 8) and (16, 8) matrices, each spread over a warp as mma.m16n8k8 has it.
+__device__ inline void multiply_tf32(float (&upper)[2], float (&lower)[2], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(upper[0]), "+f"(upper[1]), "+f"(lower[0]), "+f"(lower[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
 #endif
 
-// Multiprocessors of the current device, asked once a device and never on a stream: a capture may be under way.
-inline int multiprocessors() {
+// An attribute of the current device, asked once a device and never on a stream: a capture may be under way.
+template <cudaDeviceAttr kAttribute>
+int attribute(int otherwise) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
   if (device < kDevices && known[device] > 0) return known[device];
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  if (device < kDevices) known[device] = count;
-  return count;
+  if (cudaDeviceGetAttribute(&value, kAttribute, device) != cudaSuccess) return otherwise;
+  if (device < kDevices) known[device] = value;
+  return value;
 }
+inline int multiprocessors() { return attribute<cudaDevAttrMultiProcessorCount>(1); }
+inline bool has_tf32() { return attribute<cudaDevAttrComputeCapabilityMajor>(0) >= 8; }
 
 inline Status fill_ones(void* memory, int64_t bytes, Stream stream) {
   return cudaMemsetAsync(memory, 0xff, bytes, stream);
 }
 
 template <typename Argument>
-Status launch(void (*kernel)(Argument), int64_t blocks, int threads, Stream stream, Argument argument) {
+Status launch(void (*kernel)(Argument), int64_t blocks, int threads, Stream stream, Argument argument,
+              int shared_bytes = 0) {
   void* arguments[] = {&argument};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                          dim3(static_cast<unsigned>(threads)), arguments, 0, stream);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  constexpr int kUnasked = 48 << 10;
+  if (shared_bytes > kUnasked) {
+    const Status status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                          arguments, static_cast<size_t>(shared_bytes), stream);
 }
 
 }  // namespace s5eqx

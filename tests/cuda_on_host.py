@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on the host: builds `cuda_host/scan_on_host.cc` and speaks its protocol."""
+"""Runs the CUDA kernels on the host: builds the programs of `cuda_host` and speaks their protocols."""
 
 import os
 import shlex
@@ -37,16 +37,16 @@ SCHEDULES = tuple(
 )
 
 
-def build(folder, *flags):
+def build(folder, *flags, name="scan_on_host"):
     """The program, compiled into `folder`."""
-    program = Path(folder) / "scan_on_host"
+    program = Path(folder) / name
     command = [*COMPILER, "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += [
         "-DS5EQX_HOST_DEVICE",
         f"-I{CSRC}",
         f"-I{HERE}",
         *flags,
-        str(HERE / "scan_on_host.cc"),
+        str(HERE / f"{name}.cc"),
         "-o",
         str(program),
     ]
@@ -98,6 +98,11 @@ def ask(program, questions):
         else:
             shapes = [c.b.shape] * asked["wants_x"] + [c.x0.shape] * asked["wants_last"]
         expected.append((shapes, c.b.dtype, len(asked["runs"]) - 1))
+    return converse(program, message, expected)
+
+
+def converse(program, message, expected):
+    """What the program says to the message: for each `(shapes, dtype, others)`, arrays of these shapes and counts."""
     done = subprocess.run([program], input=b"".join(message), capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     answers, at = [], 0

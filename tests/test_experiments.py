@@ -84,11 +84,14 @@ def test_assoc_recall_refuses(words, complaint, tmp_path):
 
 @pytest.mark.slow
 def test_benchmarks_run(tmp_path):
-    words = ("--lengths", 64, "--repeats", 1, "--tokens", 10, "--json", "out.json")
+    words = ("--lengths", 64, "--chunk", 16, "--repeats", 1, "--tokens", 10, "--json", "out.json", "--plot", "out.png")
     code, output, errors = run(ROOT / "experiments/bench_train.py", *words, folder=tmp_path)
     assert code == 0, errors
-    assert "as written" in output and "lax.scan" in output
-    assert len(json.loads((tmp_path / "out.json").read_text())["training"]) == 2
+    assert "lax.scan" in output and output.count("as written") == 4
+    short, long = json.loads((tmp_path / "out.json").read_text())["training"]
+    assert long["seconds"].keys() == {*short["seconds"], "in pieces"}
+    assert all(error < 1e-3 for row in (short, long) for error in row["loss_error"].values())
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -37,22 +37,32 @@ def test_the_kernels_for_cuda_are_for_no_other_device(platform, version, expecte
 
 
 @native
-@pytest.mark.parametrize("wrong", ["forward", "backward", "final"])
-def test_a_wrong_kernel_is_named(wrong, monkeypatch):
-    """One that runs the other way: the native kernel, not the loop, is blamed, and for all that it did."""
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ("scan_forward", {"states"}),
+        ("scan_final", {"final state"}),
+        ("scan_backward", {"gradient of b"}),
+        ("ssm_forward", {"y", "last state"}),
+        ("ssm_backward", {"gradient of u"}),
+    ],
+)
+def test_a_wrong_kernel_is_named(wrong, named, monkeypatch):
+    """A scan the other way, or a step with its matrices exchanged: the native kernel is blamed, for all that it did."""
     lowering = jax.ffi.ffi_lowering
 
     def misled(target, **options):
-        rule, flip = lowering(target, **options), target == f"s5eqx_scan_{wrong}"
-        return lambda ctx, *operands, reverse, **attributes: rule(ctx, *operands, reverse=reverse != flip, **attributes)
+        rule = lowering(target, **options)
+        if target != f"s5eqx_{wrong}":
+            return rule
+        if "scan" in wrong:
+            return lambda ctx, *operands, reverse, **rest: rule(ctx, *operands, reverse=not reverse, **rest)
+        return lambda ctx, u, a, w_in, w_out, *others, **rest: rule(ctx, u, a, w_out, w_in, *others, **rest)
 
     monkeypatch.setattr(jax.ffi, "ffi_lowering", misled)
     with pytest.raises(RuntimeError, match=r"(?i)native kernels are wrong on .*cpu.*must be below") as error:
         s5eqx.self_test()
     message = str(error.value)
-    assert {name for name in ("\n  states", "\n  final state", "\n  gradient of b") if name in message} == {
-        "forward": {"\n  states"},
-        "backward": {"\n  gradient of b"},
-        "final": {"\n  final state"},
-    }[wrong]
+    results = ("states", "final state", "gradient of b", "y", "last state", "gradient of u")
+    assert {name for name in results if f"\n  {name} (" in message} == named
     assert "use_backend" in message and "show_config" in message

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from helpers import quick_jit
 
 from s5eqx.data import Batch
 from s5eqx.models import LanguageModel
@@ -235,6 +236,70 @@ def test_a_batch_of_one_is_scored_like_any(key):
     one = lambda i: Batch(*(x[i : i + 1] for x in (batch.inputs, batch.targets, batch.weights)))
     total: Score = next_token(model, one(0)) + next_token(model, one(1))
     assert float(total.loss) == pytest.approx(float(next_token(model, batch).loss), rel=1e-6)
+
+
+def with_gradient(model, batch, **options):
+    def loss(model):
+        given = next_token(model, batch, **options)
+        return given.loss, given
+
+    (_, given), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(model)
+    return given, gradient
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, key):
+    """Ten steps in three pieces, the last of which is filled up."""
+    model = eqx.nn.inference_mode(eqx.filter_jit(tiny.language_model)(key))
+    batch = tiny.TASK.train(jnp.arange(size))
+    assert batch.inputs.shape == (size, 10)
+    whole, pieces = quick_jit(lambda model: [with_gradient(model, batch, chunk=chunk) for chunk in (None, 4)])(model)
+    assert float(whole[0].weight) == 10 * size
+    for given, expected in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
+
+
+class Coin(eqx.Module):
+    """Certain of token 0 or without an opinion, as the key falls."""
+
+    def __call__(self, x, *, key):
+        return jnp.zeros((len(x), 2)).at[:, 0].set(50 * jr.bernoulli(key).astype(float))
+
+    def init_state(self):
+        return ()
+
+    def prefill(self, state, x, *, key):
+        return state, self(x, key=key)
+
+
+def test_each_piece_of_each_sequence_draws_anew(key):
+    zeros = jnp.zeros((2, 20), jnp.int32)
+    rows = []
+    for weights in (jnp.ones((2, 20)) * row[:, None] for row in jnp.eye(2)):
+        given: Score = next_token(Coin(), Batch(zeros, zeros, weights), key=key, chunk=1)
+        rows.append(float(given.loss))
+    assert rows[0] != rows[1]
+    assert all(0 < row / np.log(2) < 1 for row in rows)
+
+
+def test_pieces_need_memory_for_one_piece(key):
+    mixer = lambda key: ShortConv(8, 3, key=key)
+    model = quick_jit(lambda key: LanguageModel(10, 8, mixer, num_layers=1, mlp_width=16, key=key))(key)
+
+    def temporaries(length, chunk):
+        ones = jnp.ones((1, length), jnp.int32)
+        arrays, rest = eqx.partition(model, eqx.is_array)
+        loss = lambda arrays: (
+            next_token(eqx.combine(arrays, rest), Batch(ones, ones, jnp.ones((1, length))), chunk=chunk).loss
+        )
+        return jax.jit(jax.grad(loss)).lower(arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096, 256) < 0.2 * temporaries(4096, None)
+
+
+def test_a_piece_has_a_step():
+    with pytest.raises(ValueError, match="chunk must be at least 1 step"):
+        next_token(Coin(), tiny.TASK.train(jnp.arange(1)), chunk=0)
 
 
 # The step.

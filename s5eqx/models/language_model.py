@@ -75,7 +75,8 @@ class LanguageModel(AbstractCausalMixer):
         - `embed_dropout`, `dropout`: the probability to drop an entry of the embedding, of a branch.
         - `drop_path`: the probability to drop a branch.
         - `stack`: hold equal blocks as one `Stack`, whose time to compile does not grow with the depth.
-        - `remat`: compute the inside of a block again in the backward pass instead of keeping it.
+        - `remat`: compute the inside of a block again in the backward pass instead of keeping it. On CPU that saves
+          memory with `stack` alone: outside a loop XLA puts off the gradients of weights, and holds what they need.
         - `init`: draws the embeddings and redraws the dense layers: `DefaultInit()`, `S5Init()` or `GPT2Init()`.
         """
         if vocab_size < 1 or width < 1:

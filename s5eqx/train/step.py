@@ -43,7 +43,8 @@ class Trainer:
     - `steps_per_dispatch`: steps a call of `run`. Take many for small models, 1 for long sequences.
     - `eval_batch_size`: test examples that are evaluated at once.
     - `seed`: chooses the initial weights and the dropout. The task has its own seed.
-    - `loss`: `(model, batch, *, key) -> Score`; its mean loss is what training lowers.
+    - `loss`: `(model, batch, *, key) -> Score`; its mean loss is what training lowers. For sequences of many thousand
+      steps take `partial(next_token, chunk=2048)`.
     """
 
     def __init__(

@@ -27,6 +27,7 @@
 #define __global__
 #define __launch_bounds__(...)
 #define S5EQX_SHARED(type, name) type& name = *s5eqx::host::shared<type>()
+#define S5EQX_DYNAMIC_SHARED(name) char* const name = s5eqx::host::dynamic_shared()
 
 namespace s5eqx {
 namespace host {
@@ -157,6 +158,16 @@ T* shared() {
     std::memset(memory.get(), 0xa5, sizeof(T));
   }
   return static_cast<T*>(memory.get());
+}
+
+inline int dynamic_bytes;  // that the launch asked for
+inline char* dynamic_shared() {
+  std::shared_ptr<void>& memory = running->block->memory;
+  if (!memory) {
+    memory.reset(new char[dynamic_bytes], std::default_delete<char[]>());
+    std::memset(memory.get(), 0xff, dynamic_bytes);  // NaN
+  }
+  return static_cast<char*>(memory.get());
 }
 
 inline void barrier() {
@@ -311,14 +322,45 @@ inline uint32_t ballot(bool x) {
   return all;
 }
 
+constexpr bool kCompilesTf32 = true;
+inline float float_of(uint32_t bits) { return bit_copy<float>(bits); }
+inline uint32_t round_to_tf32(float x) {  // halves away from zero
+  const uint32_t bits = bit_copy<uint32_t>(x);
+  return std::isfinite(x) ? (bits + 0x1000) & ~0x1fffu : bits & ~0x1fffu;
+}
+inline void multiply_tf32(float (&upper)[2], float (&lower)[2], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint64_t words[3][32];
+  const uint64_t own[3] = {a[0] | uint64_t{a[1]} << 32, a[2] | uint64_t{a[3]} << 32, b[0] | uint64_t{b[1]} << 32};
+  for (int i = 0; i < 3; ++i) {
+    host::exchange(own[i], 0);
+    std::copy_n(host::running->block->warps[threadIdx.x / 32].taken, 32, words[i]);
+  }
+  const auto half = [](uint64_t word, int i) {
+    const uint32_t bits = static_cast<uint32_t>(word >> 32 * i);
+    if (bits & 0x1fff) host::fail("an operand of a tensor core is not in TF32");
+    return static_cast<double>(float_of(bits));
+  };
+  const int lane = static_cast<int>(threadIdx.x % 32), row = lane / 4;
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      float& c = i ? lower[j] : upper[j];
+      double sum = c;
+      for (int k = 0; k < 8; ++k)
+        sum += half(words[k / 4][row * 4 + k % 4], i) * half(words[2][(lane % 4 * 2 + j) * 4 + k % 4], k / 4);
+      c = static_cast<float>(sum);
+    }
+}
+
 inline int multiprocessors() { return host::schedule.multiprocessors; }
+inline bool has_tf32() { return true; }
 inline Status fill_ones(void* memory, int64_t bytes, Stream) {
   std::memset(memory, 0xff, static_cast<size_t>(bytes));
   return 0;
 }
 
 template <typename Argument>
-Status launch(void (*kernel)(Argument), int64_t blocks, int threads, Stream, Argument argument) {
+Status launch(void (*kernel)(Argument), int64_t blocks, int threads, Stream, Argument argument, int shared_bytes = 0) {
+  host::dynamic_bytes = shared_bytes;
   host::body = [=] { kernel(argument); };
   host::run_grid(static_cast<unsigned>(blocks), threads);
   return 0;

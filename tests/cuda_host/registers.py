@@ -27,10 +27,18 @@ def name_of(symbol):
     element = r"(?:NS_7ComplexI([fd])EE|([fd]))"
     if sums := re.match(rf"_ZN5s5eqx10sum_kernelI{element}E", symbol):
         return f"{_type(*sums.groups())}-sum"
+    if sums := re.match(r"_ZN5s5eqx14ssm_sum_kernelI([fd])Lb(\d)E", symbol):
+        return f"{_ssm(*sums.groups())}-sum"
+    if ssm := re.match(r"_ZN5s5eqx10ssm_kernelI([fd])LNS_4PassE(\d)ELb(\d)E", symbol):
+        return f"{_ssm(ssm[1], ssm[3])}-{('forward', 'backward')[int(ssm[2])]}"
     scan = re.match(rf"_ZN5s5eqx11scan_kernelI{element}Li(\d)ELb(\d)ELNS_4PassE(\d)E", symbol)
     complex_of, real, vector, varying, backward = scan.groups()
     multiplier, way = ("invariant", "varying")[int(varying)], ("forward", "backward")[int(backward)]
     return f"{_type(complex_of, real)}x{vector}-{multiplier}-{way}"
+
+
+def _ssm(real, tensor):
+    return f"ssm-{_type(None, real)}" + "-tensor" * int(tensor)
 
 
 def _type(complex_of, real):

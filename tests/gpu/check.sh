@@ -103,13 +103,14 @@ sanitize)
   }
   sanitized memcheck ""
   sanitized racecheck "--kernel-regex kns=s5eqx" # jax's own reductions are not ours to judge
-  sanitized synccheck "--kernel-regex kns=s5eqx" complex64 float64
-  sanitized initcheck "" complex64 float32 # all kernels: what jax's have written counts as written
+  sanitized synccheck "--kernel-regex kns=s5eqx" ssm complex64 float64
+  sanitized initcheck "" ssm complex64 float32 # all kernels: what jax's have written counts as written
   ;;
 bench)
   py "what is timed" -c "$says_what_it_is" "$installed"
-  py "bench" "$root/tests/gpu/bench.py" --json "$work/bench.json" --seconds $((limit - 90 - SECONDS)) || true
-  sed -n '/^- date/,$p' "$work/logs/bench-bench.log" >"$work/bench.md"
+  py "bench" "$root/tests/gpu/bench.py" --json "$work/bench.json" --seconds $((limit - 150 - SECONDS)) || true
+  py "bench ssm" "$root/tests/gpu/bench_ssm.py" || true
+  sed -n '/^- date/,$p' "$work/logs/bench-bench.log" "$work/logs/bench-bench_ssm.log" >"$work/bench.md"
   rows+=("| table | | $work/bench.md |")
   ;;
 esac

@@ -2,8 +2,9 @@
 
     python tests/gpu/same_bits.py
 
-Forward and backward passes and final states, small and large, are repeated while another process, and a second stream
-of this one where torch is installed, multiply matrices. The last line says what was compared.
+Forward and backward passes of the scan and of the state-space step, and final states, small and large, are repeated
+while another process, and a second stream of this one where torch is installed, multiply matrices. The last line says
+what was compared.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from s5eqx.ops import diagonal_scan, final_state, use_backend
+from s5eqx.ops import diagonal_scan, final_state, ssm, use_backend
 
 SHAPES = ((4, 22, 16), (300, 301, 5), (16, 1024, 64), (1, 3001, 17), (2, 70000, 16), (1, 1048576, 16))
 TINY = ((4, 22, 16), (1, 3001, 17))
@@ -88,6 +89,25 @@ def everything(a, b, x0, g):
 
 
 @jax.jit
+def everything_of_ssm(*inputs):
+    with use_backend("native"):
+        outputs, pull = jax.vjp(ssm, *inputs)
+        return outputs, pull(outputs)
+
+
+def programs(shape):
+    """Each with what it is, and its inputs."""
+    for dtype, varying in ((jnp.complex64, False), (jnp.complex64, True), (jnp.float32, False)):
+        kind = "time-varying" if varying else "time-invariant"
+        yield f"{jnp.dtype(dtype)} {kind}", everything, draw(shape, dtype, varying)
+    (batch, length, states), width = shape, 12
+    a, _, x0, _ = draw(shape, jnp.complex64, False)
+    u, keys = jr.normal(jr.key(1), (batch, length, width)), jr.split(jr.key(2))
+    B, C = jr.normal(keys[0], (states, width), a.dtype), jr.normal(keys[1], (width, states), a.dtype)
+    yield "state-space step", everything_of_ssm, (u, a, B, C, jnp.ones(width), x0)
+
+
+@jax.jit
 def differing_bits(x, y):
     def bits(z):
         parts = (z.real, z.imag) if jnp.iscomplexobj(z) else (z,)
@@ -106,24 +126,22 @@ def main():
     options = parser.parse_args()
     if options.load:
         multiply_for_ever(options.platform)
-    programs, wrong = 0, []
+    count, wrong = 0, []
     torch_too = options.platform == "cuda" and importlib.util.find_spec("torch") is not None
     second_stream = busy_stream() if torch_too else contextlib.nullcontext()
     with jax.default_device(jax.devices(options.platform)[0]), busy_process(options.platform), second_stream:
         for shape in TINY if options.tiny else SHAPES:
-            for dtype, varying in ((jnp.complex64, False), (jnp.complex64, True), (jnp.float32, False)):
-                inputs = draw(shape, dtype, varying)
-                first = everything(*inputs)
-                counts = [jax.tree.map(differing_bits, everything(*inputs), first) for _ in range(options.repeats)]
+            for what, program, inputs in programs(shape):
+                first = program(*inputs)
+                counts = [jax.tree.map(differing_bits, program(*inputs), first) for _ in range(options.repeats)]
                 differ = sum(map(int, jax.tree.leaves(counts)))
                 finite = all(bool(jnp.isfinite(z).all()) for z in jax.tree.leaves(first))
-                programs += 1
+                count += 1
                 if differ or not finite:
-                    kind = "time-varying" if varying else "time-invariant"
-                    wrong.append(f"{shape} {jnp.dtype(dtype)} {kind}: {differ} words differ, all finite: {finite}")
+                    wrong.append(f"{shape} {what}: {differ} words differ, all finite: {finite}")
                     print(wrong[-1], flush=True)
     load = "another process" + (" and a second stream" if torch_too else "")
-    print(f"{options.repeats} repeats of {programs} programs beside {load}: {len(wrong)} differ")
+    print(f"{options.repeats} repeats of {count} programs beside {load}: {len(wrong)} differ")
     sys.exit(bool(wrong))
 
 

@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck --kernel-regex kns=s5eqx python tests/gpu/sanitize.py
 
 Few chains of many tiles, which look back at each other, and many chains; time-invariant and not; odd numbers of states;
-resets; both directions; each element type. Results are compared with the loop in double precision as in the tests.
+resets; both directions; each element type; and `ssm`, the fused state-space step. Results are compared with the loop in
+double precision as in the tests.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
+import ssm_problems
 from scan_problems import LAYOUTS, check_all, problem
 
 
@@ -22,9 +24,20 @@ def problems(layout):
             yield problem(layout, (rows,), length, states, a=a, reset=(rows, length), reverse=states == 17)
 
 
+def check_ssm():
+    """Rows of a tile and of several, and few rows that look back; the weights' gradients in one pass and in several."""
+    sizes = ((3, 70, 5, 3), (2, 300, 130, 30), (1, 64 * 9 + 1, 6, 32), (1070, 10, 4, 1))
+    for dtype in ("float32", "float64"):
+        ssm_problems.check([ssm_problems.problem(*size, reset=size[0] > 1) for size in sizes], dtype)
+    print("the state-space step: right")
+
+
 def main():
     jax.config.update("jax_enable_x64", True)
-    names = sys.argv[1:] or ["complex64", "float32", "pairs32", "float64", "complex128"]
+    names = sys.argv[1:] or ["ssm", "complex64", "float32", "pairs32", "float64", "complex128"]
+    if "ssm" in names:
+        names.remove("ssm")
+        check_ssm()
     for name in names:
         check_all(LAYOUTS[name], [*problems(LAYOUTS[name])])
     print(f"{len(names)} element types, each forward, backward and final state: right")

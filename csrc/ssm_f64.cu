@@ -1,0 +1,5 @@
+#include "ssm.cuh"
+
+namespace s5eqx {
+S5EQX_INSTANTIATE_SSM(double)
+}

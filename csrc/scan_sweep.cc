@@ -27,6 +27,7 @@ constexpr int kWide = 2, kMostForward = 4, kMostBackward = 4;
 #endif
 
 constexpr int64_t kStripBytes = 8 << 10;
+constexpr int64_t kWideRow = 64;  // scalars
 
 template <int W>
 using Lanes = std::integral_constant<int, W>;
@@ -248,9 +249,59 @@ void forward_rows(const ForwardSweep<T>& k) {
   });
 }
 
+// da_sum over steps whose lambda is known already.
+template <typename T, int W, int N, bool Complex>
+void sum_tile(const BackwardSweep<T>& k, int64_t at) {
+  using D = typename Vec<W>::D;
+  const T *lambda = k.lambda + at, *x = k.x + k.step + at;
+  D straight[N], crossed[N];
+  for (int n = 0; n < N; ++n) straight[n] = crossed[n] = D{};
+  for (int64_t i = 0; i < k.count; ++i, lambda += k.step, x += k.step) {
+    if (k.reset && k.reset[i * k.reset_step]) continue;
+    const T* const before = k.x_last && i == k.count - 1 ? k.x_last + at : x;
+    for (int n = 0; n < N; ++n) {
+      const D s = load<W>(lambda + n * W), xv = load<W>(before + n * W);
+      straight[n] += xv * s;
+      if constexpr (Complex) crossed[n] += xv * Vec<W>::swap(s);
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    double* const sum = k.da_sum + at + n * W;
+    store<W>(sum, k.adds ? load<W>(sum) + straight[n] : straight[n]);
+    store<W>(sum + k.width, k.adds ? load<W>(sum + k.width) + crossed[n] : crossed[n]);
+  }
+}
+
+// The sums need registers that a whole row wants for itself, and follow on a strip that is in cache by then.
+template <typename T, bool Complex>
+void backward_wide(const BackwardSweep<T>& k) {
+  ForwardSweep<T> f{};
+  f.a = k.a;
+  f.b = k.g;
+  f.x = k.lambda;
+  f.step = k.step;
+  f.reset = k.reset ? k.reset - k.reset_step : nullptr;
+  f.reset_step = k.reset_step;
+  f.count = k.count;
+  f.width = k.width;
+  f.fresh = k.fresh;
+  f.conjugate = k.conjugate;
+  f.in = k.in;
+  f.out = k.out;
+  cover<kMostForward, Complex ? 2 : 1>(k.width, [&](auto lanes, auto count, int64_t at) {
+    forward_tile<T, lanes.value, count.value, Complex, false, true>(f, at);
+  });
+  cover<kMostBackward, Complex ? 2 : 1>(
+      k.width, [&](auto lanes, auto count, int64_t at) { sum_tile<T, lanes.value, count.value, Complex>(k, at); });
+}
+
 template <typename T, bool Complex, bool TimeVarying>
 void backward_rows(const BackwardSweep<T>& k) {
   in_strips(k, true, k.width * sizeof(T), [](const BackwardSweep<T>& part) {
+    if (!TimeVarying && part.width > kWideRow && part.width % kWide == 0) {
+      backward_wide<T, Complex>(part);
+      return;
+    }
     cover<kMostBackward, Complex ? 2 : 1>(part.width, [&](auto lanes, auto count, int64_t at) {
       backward_tile<T, lanes.value, count.value, Complex, TimeVarying>(part, at);
     });

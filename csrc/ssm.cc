@@ -13,10 +13,10 @@
 namespace s5eqx {
 namespace {
 
-constexpr int64_t kBlockBytes = 384 << 10;      // of all that a block touches: it stays in a core's L2 cache
+constexpr int64_t kBlockBytes = 640 << 10;      // of all that a block touches: it stays in a core's L2 cache
 constexpr int64_t kMostSteps = 1024;            // so that there are blocks enough to share out
 constexpr int64_t kSerialProducts = 256 << 10;  // fewer multiplications than this are not worth a second thread
-constexpr int64_t kManyRows = 64;               // so many keep all cores busy; their sums of gradients stay small
+constexpr int64_t kManyRows = 16;               // so many keep all cores busy; their sums of gradients stay small
 
 // A matrix (rows, columns), given by its strides, in the panels that `Product` wants on its right.
 template <typename T>

@@ -11,7 +11,7 @@ from s5eqx.ops import ssm, use_backend
 
 CHUNK = 64  # kSsmChunk of csrc/ssm.h
 LONGEST = 1024  # kMostSteps of csrc/ssm.cc
-BLOCKS = (384, 640, 768, LONGEST)  # steps of its blocks for 19 channels and 13 states, by pass and dtype
+BLOCKS = (640, LONGEST)  # steps of its blocks for 19 channels and 13 states, by pass and dtype
 NAMES = ("u", "Lambda_bar", "B_bar", "C", "D", "x0", "gain")
 
 

@@ -95,6 +95,15 @@ def test_benchmarks_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_layer_is_measured(tmp_path):
+    words = ("--shapes", 2, 200, 8, 4, "--long", 2000, "--repeats", 1, "--json", "out.json")
+    code, output, errors = run(ROOT / "experiments/bench_layer.py", *words, folder=tmp_path)
+    assert code == 0, errors
+    assert output.count("forward + backward") == 2 and "relative error" in output
+    assert json.loads((tmp_path / "out.json").read_text()).keys() >= {"tuned", "default"}
+
+
+@pytest.mark.slow
 def test_every_mixer_trains(tmp_path):
     words = ("--json", "out.json", "--", *TINY, "--steps", 200)
     code, output, errors = run(ROOT / "experiments/compare_mixers.py", *words, folder=tmp_path)

@@ -51,7 +51,7 @@ def test_wide_layers_of_several_blocks(width, states, dtype):
 
 
 @native
-@pytest.mark.parametrize("rows, length", [(1, 2117), (3, 2117), (7, 1601), (8, 1601), (65, 131), (150, 67)])
+@pytest.mark.parametrize("rows, length", [(1, 2117), (3, 2117), (15, 1601), (17, 1601), (65, 131), (150, 67)])
 def test_batches(rows, length, dtype):
     """Few rows, whose blocks hand their carries on; more, each of which is a task; and so many that they share one."""
     check([problem(rows, length, *SIZE, radius=(0.99, 0.999), reset=reset) for reset in (False, True)], dtype)
@@ -168,12 +168,12 @@ def test_a_growing_channel_without_input_stays_zero():
 
 def digest():
     """Of y, the last states and all cotangents, with few rows and with many."""
-    problems = [problem(rows, 4 * LONGEST + 5, *SIZE, radius=(0.999, 0.999), reset=rows > 1) for rows in (1, 3, 9)]
+    problems = [problem(rows, 4 * LONGEST + 5, *SIZE, radius=(0.999, 0.999), reset=rows > 1) for rows in (1, 3, 17)]
     return hashlib.sha256(b"".join(z.tobytes() for results in solve(problems, "float32") for z in results)).hexdigest()
 
 
 @native
-@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("rows", [1, 17])
 def test_the_same_bits_every_time(rows):
     p = problem(rows, 4 * LONGEST + 5, *SIZE, radius=(0.999, 0.999))
     inputs, cotangents = (tuple(in_dtype(z, "float32")) for z in (p.inputs, (p.g, p.g_last)))
@@ -211,7 +211,7 @@ import s5eqx
 from ssm_problems import LONGEST, check, problem
 for dtype in ("float32", "float64"):
     check([problem(2, 70, width, states, reset=True) for width, states in ((1, 1), (5, 13), (67, 67))], dtype)
-    check([problem(rows, LONGEST + 1, 19, 13, radius=(0.99, 0.99999)) for rows in (1, 9)], dtype)
+    check([problem(rows, LONGEST + 1, 19, 13, radius=(0.99, 0.99999)) for rows in (1, 17)], dtype)
 print(s5eqx.backends()[0].detail)
 """
 

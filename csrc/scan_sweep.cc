@@ -77,8 +77,9 @@ inline typename Vec<W>::D load(const T* p) {
   if constexpr (sizeof(T) == 4) {
     typename Vec<W>::F v;
     std::memcpy(&v, p, sizeof v);
-#if defined(__AVX512F__)  // GCC 12 makes two conversions and an insertion of the general form
-    if constexpr (W == 8) return _mm512_cvtps_pd(v);
+#if defined(__AVX512F__)  // GCC 12 makes two conversions and an insertion of the general form, and warns of the plain
+                          // one
+    if constexpr (W == 8) return _mm512_maskz_cvtps_pd(0xff, v);
 #endif
     return __builtin_convertvector(v, typename Vec<W>::D);
   } else {

@@ -46,12 +46,45 @@ inline std::string show(const ffi::AnyBuffer& buffer) {
   return text + name_of(buffer.element_type()) + ")";
 }
 
-// The first complaint is kept; `shape` is the problem that the operands describe.
-class ScanChecker {
+// Keeps the first complaint.
+class Checker {
+ public:
+  ffi::Error error() const {
+    return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(operation_ + message_);
+  }
+
+  const uint8_t* flags = nullptr;  // null where there are no resets
+
+ protected:
+  explicit Checker(const char* operation) : operation_(operation) {}
+
+  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const std::string& what) {
+    if (!ok && message_.empty()) message_ = std::string(name) + " must be " + what + "; got " + show(x);
+  }
+  // (1 or B, L), or (1, 0) for none. Returns the distance of their rows, 0 where all share one.
+  int64_t find_flags(const ffi::AnyBuffer& reset, int64_t batch, int64_t length) {
+    if (!message_.empty()) return 0;
+    const auto dims = reset.dimensions();
+    const bool byte = reset.element_type() == ffi::PRED || reset.element_type() == ffi::U8;
+    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == batch) && (dims[1] == length || dims[1] == 0),
+            "reset", reset, "(1 or B, L) bytes, or (1, 0) for none");
+    if (!message_.empty() || dims[1] == 0) return 0;
+    flags = static_cast<const uint8_t*>(reset.untyped_data());
+    return dims[0] == 1 ? 0 : length;
+  }
+
+  std::string message_;
+
+ private:
+  std::string operation_;
+};
+
+// `shape` is the problem that the operands describe.
+class ScanChecker : public Checker {
  public:
   // `b`, or whatever stands in its place, sets the sizes: (B, L, P), or (B, L, P, 2) for float pairs.
   ScanChecker(const char* name, const ffi::AnyBuffer& b, bool pairs, bool reverse)
-      : lead_(name), type_(b.element_type()), pairs_(pairs) {
+      : Checker("s5eqx scan: "), lead_(name), type_(b.element_type()), pairs_(pairs) {
     const auto dims = b.dimensions();
     const bool is_real = type_ == ffi::F32 || type_ == ffi::F64, is_complex = type_ == ffi::C64 || type_ == ffi::C128;
     require(is_real || (is_complex && !pairs), name, b,
@@ -87,24 +120,11 @@ class ScanChecker {
   void multiplier_cotangent(const char* name, const ffi::AnyBuffer& da) {
     exactly(name, da, shape.batch, shape.a_time ? shape.length : 1);
   }
-  // (1 or B, L), or (1, 0) for none.
-  void reset(const ffi::AnyBuffer& flags) {
-    if (!message_.empty()) return;
-    const auto dims = flags.dimensions();
-    const bool byte = flags.element_type() == ffi::PRED || flags.element_type() == ffi::U8;
-    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) &&
-                (dims[1] == shape.length || dims[1] == 0),
-            "reset", flags, "(1 or B, L) bytes, or (1, 0) for none");
-    if (!message_.empty() || dims[1] == 0) return;
-    shape.reset_batch = dims[0] == 1 ? 0 : shape.length;
-    this->flags = static_cast<const uint8_t*>(flags.untyped_data());
-  }
+  void reset(const ffi::AnyBuffer& flags) { shape.reset_batch = find_flags(flags, shape.batch, shape.length); }
 
   bool is_double() const { return type_ == ffi::F64 || type_ == ffi::C128; }
-  ffi::Error error() const { return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(message_); }
 
   ScanShape shape{};
-  const uint8_t* flags = nullptr;  // null where there are no resets
 
  private:
   bool same_kind(const char* name, const ffi::AnyBuffer& x) {
@@ -120,16 +140,11 @@ class ScanChecker {
     require(dims[0] == batch && dims[1] == length && dims[2] == states_, name, x,
             "of a shape that follows from a and " + lead_);
   }
-  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const std::string& what) {
-    if (ok || !message_.empty()) return;
-    message_ = std::string("s5eqx scan: ") + name + " must be " + what + "; got " + show(x);
-  }
 
   std::string lead_;
   ffi::DataType type_;
   bool pairs_;
   int64_t states_ = 0;
-  std::string message_;
 };
 
 // `x` and `last`: the results that there are.
@@ -160,9 +175,10 @@ inline ScanChecker check_backward(const ffi::AnyBuffer& a, const ffi::AnyBuffer&
 }
 
 // The same for the state-space step, whose arrays are all of one real type.
-class SsmChecker {
+class SsmChecker : public Checker {
  public:
-  SsmChecker(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, int64_t chunk) : type_(u.element_type()) {
+  SsmChecker(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, int64_t chunk)
+      : Checker("s5eqx ssm: "), type_(u.element_type()) {
     if (chunk != kSsmChunk && chunk != 1)
       message_ = "chunk, the steps between kept states, must be " + std::to_string(kSsmChunk) + " or 1; got " +
                  std::to_string(chunk);
@@ -184,25 +200,11 @@ class SsmChecker {
   void kept(const ffi::AnyBuffer& x) {
     if (message_.empty()) exactly("kept", x, {shape.batch, shape.chunks(), shape.states, 2});
   }
-  void reset(const ffi::AnyBuffer& flags) {
-    if (!message_.empty()) return;
-    const auto dims = flags.dimensions();
-    const bool byte = flags.element_type() == ffi::PRED || flags.element_type() == ffi::U8;
-    require(byte && dims.size() == 2 && (dims[0] == 1 || dims[0] == shape.batch) &&
-                (dims[1] == shape.length || dims[1] == 0),
-            "reset", flags, "(1 or B, L) bytes, or (1, 0) for none");
-    if (!message_.empty() || dims[1] == 0) return;
-    shape.reset_batch = dims[0] == 1 ? 0 : shape.length;
-    this->flags = static_cast<const uint8_t*>(flags.untyped_data());
-  }
+  void reset(const ffi::AnyBuffer& flags) { shape.reset_batch = find_flags(flags, shape.batch, shape.length); }
 
   bool is_double() const { return type_ == ffi::F64; }
-  ffi::Error error() const {
-    return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("s5eqx ssm: " + message_);
-  }
 
   SsmShape shape{};
-  const uint8_t* flags = nullptr;  // null where there are no resets
 
  private:
   void exactly(const char* name, const ffi::AnyBuffer& x, std::initializer_list<int64_t> dims) {
@@ -214,12 +216,8 @@ class SsmChecker {
         x.element_type() == type_ && given.size() == dims.size() && std::equal(dims.begin(), dims.end(), given.begin()),
         name, x, wanted + name_of(type_) + "), which follows from u and a");
   }
-  void require(bool ok, const char* name, const ffi::AnyBuffer& x, const std::string& what) {
-    if (!ok && message_.empty()) message_ = std::string(name) + " must be " + what + "; got " + show(x);
-  }
 
   ffi::DataType type_;
-  std::string message_;
 };
 
 inline SsmChecker check_ssm(const ffi::AnyBuffer& u, const ffi::AnyBuffer& a, const ffi::AnyBuffer& w_in,

@@ -146,6 +146,7 @@ constexpr char kSsm[] = "s5eqx ssm: ";
 // -1 for sizes that the kernels do not take. Python raises the error as a ValueError, a handler returns it.
 int64_t ssm_workspace_for(const SsmShape& s, int64_t scalar_bytes, Pass pass, Projection projection) {
   if (!takes(s.width, s.states, scalar_bytes)) return -1;
+  if (s.batch == 0 || s.length == 0) return 0;
   if (!ssm_tiling(s, scalar_bytes, pass).is_countable(s.batch))
     throw std::length_error("s5eqx ssm: rows, and rows by runs of tiles, must be fewer than 2^30; got B = " +
                             std::to_string(s.batch) + " and L = " + std::to_string(s.length) + ". Split the batch");

@@ -296,6 +296,12 @@ for layout in map(t.LAYOUTS.get, ("float32", "float64", "complex64", "pairs64"))
         for states in (1, 2, 3, 5, 8, 13, 67) for a in ((states,), (7, states))
     ])
     t.check(layout, [t.problem(layout, (2,), 2 * layout.block(67) + 1, 67, radius=(0.99, 0.99999))])
+import ssm_problems
+for dtype in ("float32", "float64"):
+    sizes = (1, 1), (5, 13), (67, 67)
+    ssm_problems.check([ssm_problems.problem(2, 70, width, states, reset=True) for width, states in sizes], dtype)
+    steps = ssm_problems.LONGEST + 1
+    ssm_problems.check([ssm_problems.problem(rows, steps, 19, 13, radius=(0.99, 0.99999)) for rows in (1, 17)], dtype)
 print(s5eqx.backends()[0].detail)
 """
 LEVELS = ("generic", "x86-64-v3", "x86-64-v4")
@@ -304,7 +310,7 @@ LEVELS = ("generic", "x86-64-v3", "x86-64-v4")
 @native
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level):
-    """The same checks as in test_scan.py, on the code for older processors."""
+    """The same checks as in test_scan.py and test_ssm_kernel.py, on the code for older processors."""
     best = next(name for name in LEVELS if CPU.detail.endswith(name))
     if LEVELS.index(level) > LEVELS.index(best):
         # What this processor lacks would be an illegal instruction, and what the compiler lacks was not built.

@@ -205,26 +205,6 @@ def test_the_same_bits_on_one_thread():
     assert run_python(code + "print(t.digest())") == digest()
 
 
-LEVELS = ("generic", "x86-64-v3", "x86-64-v4")
-EVERY_KERNEL = """
-import s5eqx
-from ssm_problems import LONGEST, check, problem
-for dtype in ("float32", "float64"):
-    check([problem(2, 70, width, states, reset=True) for width, states in ((1, 1), (5, 13), (67, 67))], dtype)
-    check([problem(rows, LONGEST + 1, 19, 13, radius=(0.99, 0.99999)) for rows in (1, 17)], dtype)
-print(s5eqx.backends()[0].detail)
-"""
-
-
-@native
-@pytest.mark.parametrize("level", LEVELS)
-def test_lesser_instruction_sets(level):
-    best = next(name for name in LEVELS if s5eqx.backends()[0].detail.endswith(name))
-    if LEVELS.index(level) >= LEVELS.index(best):
-        pytest.skip(f"the processor or the build goes up to {best}, which the other tests run")
-    assert run_python(EVERY_KERNEL, S5EQX_CPU_ISA=level, JAX_ENABLE_X64="1") == f"native kernels, {level}"
-
-
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])

@@ -1,17 +1,15 @@
 """What XLA may do around the kernels: where their operands lie, what memory held before, loops, captured graphs."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 import test_scan
+from captured_graphs import check_captured
 from helpers import recurrence, recurrence_vjp, relative_error
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scan_problems import LAYOUTS, problem
-from test_native import run_python
 
 from s5eqx import nn
 from s5eqx.ops import _native, diagonal_scan, final_state, use_backend
@@ -166,17 +164,7 @@ print(digest.hexdigest())
 
 
 def test_the_same_bits_from_captured_graphs():
-    """Command buffers off, and forced for every program that may have one."""
-    digests = []
-    for flags in (
-        "--xla_gpu_enable_command_buffer=",
-        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1",
-    ):
-        environment = {"JAX_PLATFORMS": "", "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        done = run_python(CAPTURED, *filter(None, sys.path), **environment)
-        assert done.returncode == 0, done.stderr
-        digests.append(done.stdout.splitlines()[-1])
-    assert digests[0] == digests[1]
+    check_captured(CAPTURED)
 
 
 def test_a_workspace_too_small_is_refused():

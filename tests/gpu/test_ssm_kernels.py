@@ -6,17 +6,15 @@ of tiles, in groups of 16; many rows are taken one by one.
 """
 
 # ruff: noqa: F401  # collected from here
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from captured_graphs import check_captured
 from helpers import relative_error
 from ssm_problems import CHUNK, check, in_dtype, problem
 from test_cuda_ssm_on_host import PLAIN, SPLIT_TF32, TF32, operands
 from test_cuda_ssm_on_host import truth as gradients_of_pairs
-from test_native import run_python
 from test_ssm_kernel import (
     test_a_bad_row_stays_alone,
     test_a_growing_channel_without_input_stays_zero,
@@ -166,14 +164,4 @@ print(digest.hexdigest())
 
 
 def test_the_same_bits_from_captured_graphs():
-    """Command buffers off, and forced for every program that may have one."""
-    digests = []
-    for flags in (
-        "--xla_gpu_enable_command_buffer=",
-        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1",
-    ):
-        environment = {"JAX_PLATFORMS": "", "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        done = run_python(CAPTURED, *filter(None, sys.path), **environment)
-        assert done.returncode == 0, done.stderr
-        digests.append(done.stdout.splitlines()[-1])
-    assert digests[0] == digests[1]
+    check_captured(CAPTURED)

@@ -210,8 +210,6 @@ def spoil_metadata(folder):
     (folder / "metadata" / "metadata").write_text('{"leaves": [')
 
 
-# orbax leaves an event loop behind when it fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, lose_arrays, lose_metadata, spoil_metadata])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
     save_three(tmp_path)
@@ -222,7 +220,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     assert metadata == {"step": 20}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_if_all_are_damaged_it_is_an_error(tmp_path):
     save_three(tmp_path)
     for step in ("10", "20", "30"):

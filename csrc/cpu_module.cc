@@ -1,6 +1,7 @@
 // The Python module s5eqx.ops._cpu: XLA FFI handlers of the CPU kernels, and what is needed to register them.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <exception>
 
 #include "isa.h"
@@ -13,7 +14,7 @@ namespace {
 
 // Some of XLA's own threads. A handler never waits for a thread that has not started, so full pools cannot deadlock.
 Parallel pool_threads(ffi::ThreadPool& pool) {
-  return {pool.num_threads() - 1, [&pool](int64_t helpers, std::function<void()> task) {
+  return {std::max<int64_t>(pool.num_threads(), 1) - 1, [&pool](int64_t helpers, std::function<void()> task) {
             for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(task));
           }};
 }

@@ -91,7 +91,13 @@ int attribute(int otherwise) {
   return value;
 }
 inline int multiprocessors() { return attribute<cudaDevAttrMultiProcessorCount>(1); }
-inline bool has_tf32() { return attribute<cudaDevAttrComputeCapabilityMajor>(0) >= 8; }
+
+// Whether what the current device runs of a kernel holds its tensor core instructions. A new device may run old PTX.
+template <typename Argument>
+bool was_compiled_for_tf32(void (*kernel)(Argument)) {
+  cudaFuncAttributes of{};
+  return cudaFuncGetAttributes(&of, reinterpret_cast<const void*>(kernel)) == cudaSuccess && of.ptxVersion >= 80;
+}
 
 inline Status fill_ones(void* memory, int64_t bytes, Stream stream) {
   return cudaMemsetAsync(memory, 0xff, bytes, stream);

@@ -18,6 +18,13 @@
 
 namespace s5eqx {
 
+// Bytes of a result that no cache keeps for whoever reads it next: better written straight to memory, since a store
+// into the cache reads the line first.
+#if !defined(S5EQX_PAST_CACHE)  // the tests ask for less
+#define S5EQX_PAST_CACHE (24 << 20)
+#endif
+constexpr int64_t kPastCache = S5EQX_PAST_CACHE;
+
 // out = m * s + r, elementwise. Where s = 0 it is r, also if m, the power of a growing multiplier, is infinite.
 inline void multiply_add(const double* m, const double* s, const double* r, double* out, int64_t width,
                          bool is_complex) {
@@ -84,11 +91,11 @@ struct Order {
 struct Plan {
   int64_t batch, width, blocks;
   bool is_complex;
-  bool serial;        // too little work for a second thread
-  int64_t many_rows;  // as many keep all cores busy
+  bool serial = false;    // too little work for a second thread
+  int64_t many_rows = 1;  // as many keep all cores busy
   int64_t rows_a_task = 1;
 
-  bool by_block() const { return batch < many_rows && blocks > 1; }
+  bool by_block() const { return !serial && batch < many_rows && blocks > 1; }
   int64_t tasks() const { return by_block() ? batch * blocks : (batch + rows_a_task - 1) / rows_a_task; }
   int64_t task_of(int64_t row, int64_t block) const { return by_block() ? block * batch + row : row / rows_a_task; }
   int64_t workers(const Parallel& parallel, int64_t tasks) const {
@@ -97,10 +104,11 @@ struct Plan {
 
   template <typename Enter, typename Prepare, typename Fold, typename Sweep>
   void run(const Parallel& parallel, Enter enter, Prepare prepare, Fold fold, Sweep sweep) const {
-    std::vector<double> scratch(tasks() * 2 * width);  // here, so that no task allocates and hence none throws
+    // Here, so that no task allocates and hence none throws.
+    std::vector<double> scratch(workers(parallel, tasks()) * 2 * width);
     if (!by_block()) {
       each(parallel, tasks(), [&](int64_t worker, int64_t task) {
-        double* in = scratch.data() + task * 2 * width;
+        double* in = scratch.data() + worker * 2 * width;
         double* out = in + width;
         for (int64_t row = task * rows_a_task; row < std::min(batch, (task + 1) * rows_a_task); ++row) {
           enter(row, in);
@@ -123,7 +131,7 @@ struct Plan {
     each(parallel, tasks(), [&](int64_t worker, int64_t task) {
       const int64_t row = task % batch, block = task / batch;
       double* const carry = carries.data() + (row * blocks + block) * width;
-      double* const last = scratch.data() + task * 2 * width;
+      double* const last = scratch.data() + worker * 2 * width;
       double* const product = last + width;
       const bool hands_on = block + 1 < blocks;
       prepare(worker, row, block);

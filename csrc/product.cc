@@ -5,6 +5,8 @@
 #include <cstring>
 #include <utility>
 
+#include "stream.h"
+
 #ifndef S5EQX_PRODUCTS
 #define S5EQX_PRODUCTS products_generic
 #endif
@@ -42,7 +44,10 @@ template <typename T>
 inline void finish(const Product<T>& p, int64_t column, int64_t at, Vector<T> v) {
   if (p.accumulate) v += load(p.c + at);
   if (p.scale) v += load(p.scale + column) * load(p.addend + at);
-  std::memcpy(p.c + at, &v, sizeof v);
+  if (p.streams)
+    stream(p.c + at, v);
+  else
+    std::memcpy(p.c + at, &v, sizeof v);
 }
 
 // The same where the columns end within the vector.
@@ -100,9 +105,11 @@ void tiles(const Product<T>& p, std::integer_sequence<int, M...>) {
 }
 
 template <typename T>
-void multiply_all(const Product<T>& p) {
+void multiply_all(Product<T> p) {
   constexpr std::make_integer_sequence<int, kRows> heights{};
+  p.streams = p.streams && is_streamable(p.c, p.c_step * static_cast<int64_t>(sizeof(T)), kBytes);
   p.transposed ? tiles<T, true>(p, heights) : tiles<T, false>(p, heights);
+  if (p.streams) finish_streams();
 }
 
 template <typename T>

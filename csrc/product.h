@@ -29,6 +29,7 @@ struct Product {
   int64_t b_step, b_panel;
   T* c;
   int64_t c_step;
+  bool streams;  // c past the cache
   bool accumulate;
   const T* scale;   // (n), or null
   const T* addend;  // (m, n), rows `c_step` apart
@@ -43,8 +44,8 @@ struct ColumnSums {
 };
 
 struct Products {
-  void (*multiply_f32)(const Product<float>&);
-  void (*multiply_f64)(const Product<double>&);
+  void (*multiply_f32)(Product<float>);
+  void (*multiply_f64)(Product<double>);
   void (*sum_f32)(const ColumnSums<float>&);
   void (*sum_f64)(const ColumnSums<double>&);
 };

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "isa.h"
 #include "plan.h"
 #include "scan_sweep.h"
 
@@ -14,20 +13,29 @@ namespace {
 constexpr int64_t kBlockBytes = 128 << 10;    // of one operand: two or three such blocks fit a core's L2 cache
 constexpr int64_t kManyRows = 8;              // as many rows keep the usual number of cores busy
 constexpr int64_t kSerialScalars = 32 << 10;  // below this a second thread costs more than it brings
+constexpr int64_t kTaskScalars = 4 << 10;     // below this a task costs more to hand out than to do
 
 template <typename T>
 int64_t steps_a_block(int64_t width) {
   return std::max<int64_t>(16, kBlockBytes / (width * static_cast<int64_t>(sizeof(T))));
 }
 
-// The product of a block's multipliers, row by row, for a time-invariant a and more than one block; else empty.
+// The product of a block's multipliers, row by row, for a time-invariant a where blocks are tasks; else empty.
 template <typename T>
-std::vector<double> block_powers(const ScanShape& s, const T* a, int64_t steps, bool conjugate) {
-  if (s.a_time != 0 || s.length <= steps) return {};
+std::vector<double> block_powers(const ScanShape& s, const Plan& plan, const T* a, int64_t steps, bool conjugate) {
+  if (s.a_time != 0 || !plan.by_block()) return {};
   std::vector<double> powers(s.batch * s.width);
   for (int64_t row = 0; row < s.batch; ++row)
     power(a + row * s.a_batch, steps, conjugate, powers.data() + row * s.width, s.width, s.is_complex);
   return powers;
+}
+
+Plan plan_of(const ScanShape& s, int64_t steps) {
+  Plan plan{s.batch, s.width, (s.length + steps - 1) / steps, s.is_complex};
+  plan.serial = s.batch * s.length * s.width < kSerialScalars;
+  plan.many_rows = kManyRows;
+  plan.rows_a_task = std::max<int64_t>(kTaskScalars / (s.length * s.width), 1);
+  return plan;
 }
 
 const auto nothing = [](int64_t, int64_t, int64_t) {};
@@ -40,9 +48,7 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
   if (s.batch == 0 || s.length == 0 || s.width == 0) return;
   const Order order{s.length, s.reverse};
   const int64_t steps = steps_a_block<T>(s.width), step = order.sign() * s.width;
-  const Plan plan{
-      s.batch,  s.width, (s.length + steps - 1) / steps, s.is_complex, s.batch * s.length * s.width < kSerialScalars,
-      kManyRows};
+  const Plan plan = plan_of(s, steps);
 
   const auto block_sweep = [&](int64_t row, int64_t block) {
     const int64_t first = block * steps, t = order.at(first);
@@ -57,7 +63,7 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
     f.width = s.width;
     return f;
   };
-  const std::vector<double> powers = block_powers(s, k.a, steps, /*conjugate=*/false);
+  const std::vector<double> powers = block_powers(s, plan, k.a, steps, /*conjugate=*/false);
   const std::vector<double> zero(s.width, 0.0);
 
   plan.run(
@@ -76,6 +82,7 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
         if (!k.x && !ends && plan.by_block()) return;  // the fold has handed on all there is to know
         ForwardSweep<T> f = block_sweep(row, block);
         f.x = offset(k.x, f.b - k.b);
+        f.streams = s.batch * s.length * s.width * static_cast<int64_t>(sizeof(T)) > kPastCache;
         f.in = in;
         f.out = out;
         sweep(f, s.is_complex);
@@ -94,11 +101,9 @@ void scan_backward(const ScanShape& s, const BackwardArrays<T>& k, const Paralle
   if (s.batch == 0 || s.length == 0 || s.width == 0) return;
   const Order order{s.length, !s.reverse};
   const int64_t steps = steps_a_block<T>(s.width), sign = order.sign();
-  const Plan plan{
-      s.batch,  s.width, (s.length + steps - 1) / steps, s.is_complex, s.batch * s.length * s.width < kSerialScalars,
-      kManyRows};
+  const Plan plan = plan_of(s, steps);
 
-  const std::vector<double> powers = block_powers(s, k.a, steps, k.conjugate);
+  const std::vector<double> powers = block_powers(s, plan, k.a, steps, k.conjugate);
   std::vector<double> sums(time_varying ? 0 : s.batch * plan.blocks * 2 * s.width);
   std::vector<double> first_lambda(s.batch * s.width);
   const std::vector<double> zero(s.width, 0.0);

@@ -3,13 +3,10 @@
 // one instruction set never stands in for another's.
 #include "scan_sweep.h"
 
-#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "stream.h"
 
 #ifndef S5EQX_SWEEPS
 #define S5EQX_SWEEPS sweeps_generic
@@ -77,8 +74,8 @@ inline typename Vec<W>::D load(const T* p) {
   if constexpr (sizeof(T) == 4) {
     typename Vec<W>::F v;
     std::memcpy(&v, p, sizeof v);
-#if defined(__AVX512F__)  // GCC 12 makes two conversions and an insertion of the general form, and warns of the plain
-                          // one
+#if defined(__AVX512F__)
+    // GCC 12 makes two conversions and an insertion of the general form, and warns of the plain one.
     if constexpr (W == 8) return _mm512_maskz_cvtps_pd(0xff, v);
 #endif
     return __builtin_convertvector(v, typename Vec<W>::D);
@@ -90,13 +87,17 @@ inline typename Vec<W>::D load(const T* p) {
 }
 
 template <int W, typename T>
+inline auto in_type(typename Vec<W>::D v) {
+  if constexpr (sizeof(T) == 4)
+    return __builtin_convertvector(v, typename Vec<W>::F);
+  else
+    return v;
+}
+
+template <int W, typename T>
 inline void store(T* p, typename Vec<W>::D v) {
-  if constexpr (sizeof(T) == 4) {
-    const auto f = __builtin_convertvector(v, typename Vec<W>::F);
-    std::memcpy(p, &f, sizeof f);
-  } else {
-    std::memcpy(p, &v, sizeof v);
-  }
+  const auto stored = in_type<W, T>(v);
+  std::memcpy(p, &stored, sizeof stored);
 }
 
 // A multiplier, split so that a product is two fused multiply-adds: m * s = re * s + im * swap(s).
@@ -132,26 +133,37 @@ void forward_tile(const ForwardSweep<T>& k, int64_t at) {
     if constexpr (!TimeVarying) m[n] = {load<W>(a + n * W), conjugate};
     product[n] = Complex ? (Vec<W>::alternate() * -0.5 + 0.5) : D{} + 1.0;  // 1 + 0i, or 1
   }
-  for (int64_t i = 0; i < count; ++i) {
-    if (fresh || (reset && *reset)) {
-      for (int n = 0; n < N; ++n) s[n] = load<W>(b + n * W);
-    } else {
-      for (int n = 0; n < N; ++n) {
-        if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), conjugate};
-        s[n] = m[n].multiply_add(s[n], load<W>(b + n * W));
-        if constexpr (TimeVarying && !Write)
-          if (multiplies) product[n] = m[n].multiply_add(product[n], D{});
+  const auto run = [&](auto streams) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (fresh || (reset && *reset)) {
+        for (int n = 0; n < N; ++n) s[n] = load<W>(b + n * W);
+      } else {
+        for (int n = 0; n < N; ++n) {
+          if constexpr (TimeVarying) m[n] = {load<W>(a + n * W), conjugate};
+          s[n] = m[n].multiply_add(s[n], load<W>(b + n * W));
+          if constexpr (TimeVarying && !Write)
+            if (multiplies) product[n] = m[n].multiply_add(product[n], D{});
+        }
       }
+      if constexpr (Write) {
+        for (int n = 0; n < N; ++n) {
+          if constexpr (streams.value)
+            stream(x + n * W, in_type<W, T>(s[n]));
+          else
+            store<W>(x + n * W, s[n]);
+        }
+        x += step;
+      }
+      fresh = false;
+      a += a_step;
+      b += step;
+      if (reset) reset += reset_step;
     }
-    if constexpr (Write) {
-      for (int n = 0; n < N; ++n) store<W>(x + n * W, s[n]);
-      x += step;
-    }
-    fresh = false;
-    a += a_step;
-    b += step;
-    if (reset) reset += reset_step;
-  }
+  };
+  if (Write && k.streams && is_streamable(x, step * sizeof(T), W * sizeof(T)))
+    run(std::bool_constant<Write>{});
+  else
+    run(std::false_type{});
   for (int n = 0; n < N; ++n) {
     store<W>(k.out + at + n * W, s[n]);
     if (multiplies) store<W>(k.product + at + n * W, product[n]);
@@ -232,13 +244,47 @@ inline void cover(int64_t width, Tile tile) {
   if (at < width) tile(Lanes<W>{}, Count<1>{}, width - W);
 }
 
+// Steps first .. first + steps - 1 of a sweep, which follow on what its `out` holds. Not where a product is wanted.
+template <typename T>
+ForwardSweep<T> part(const ForwardSweep<T>& k, int64_t first, int64_t steps) {
+  ForwardSweep<T> p = k;
+  p.count = steps;
+  if (first == 0) return p;
+  p.a += first * k.a_step;
+  p.b += first * k.step;
+  if (k.x) p.x += first * k.step;
+  if (k.reset) p.reset += first * k.reset_step;
+  p.fresh = false;
+  p.in = k.out;
+  return p;
+}
+
+template <typename T>
+BackwardSweep<T> part(const BackwardSweep<T>& k, int64_t first, int64_t steps) {
+  BackwardSweep<T> p = k;
+  p.count = steps;
+  if (first + steps < k.count) p.x_last = nullptr;
+  if (first == 0) return p;
+  p.a += first * k.a_step;
+  p.g += first * k.step;
+  p.x += first * k.step;
+  p.lambda += first * k.step;
+  if (k.da) p.da += first * k.step;
+  if (k.reset) p.reset += first * k.reset_step;
+  p.fresh = false;
+  p.adds = true;
+  p.in = k.out;
+  return p;
+}
+
 // Rows wider than a tile are swept some steps at a time, so that memory is read in order and not in stripes. Not where
 // vectors overlap: what one has left behind, the next must not take up.
 template <typename K, typename Rows>
 inline void in_strips(const K& k, bool may, int64_t row_bytes, Rows rows) {
   const bool does = may && k.width > 4 * kWide && k.width % kWide == 0;
-  const int64_t most = does ? std::max<int64_t>(8, kStripBytes / row_bytes) : k.count;
-  for (int64_t first = 0; first < k.count; first += most) rows(k.part(first, std::min(most, k.count - first)));
+  const int64_t fitting = does ? kStripBytes / row_bytes : k.count, most = does && fitting < 8 ? 8 : fitting;
+  for (int64_t first = 0; first < k.count; first += most)
+    rows(part(k, first, first + most < k.count ? most : k.count - first));
 }
 
 template <typename T, bool Complex, bool TimeVarying, bool Write>
@@ -320,6 +366,7 @@ void forward_kind(const ForwardSweep<T>& k) {
 template <typename T>
 void forward(const ForwardSweep<T>& k, bool is_complex) {
   is_complex ? forward_kind<T, true>(k) : forward_kind<T, false>(k);
+  if (k.streams) finish_streams();
 }
 
 template <typename T>

@@ -14,7 +14,8 @@ struct ForwardSweep {
   const T* a;
   int64_t a_step;  // scalars between steps; negative backwards in time; 0: time-invariant
   const T* b;
-  T* x;  // null: only the final state is wanted
+  T* x;          // null: only the final state is wanted
+  bool streams;  // x past the cache
   int64_t step;
   const uint8_t* reset;  // null: none
   int64_t reset_step;
@@ -24,20 +25,6 @@ struct ForwardSweep {
   const double* in;  // (width)
   double* out;       // (width), apart from `in` where vectors overlap
   double* product;   // (width) or null: the product of the a[i], for time-varying a
-
-  // Steps first .. first + steps - 1, which follow on what `out` holds. Not where a product is wanted.
-  ForwardSweep part(int64_t first, int64_t steps) const {
-    ForwardSweep p = *this;
-    p.count = steps;
-    if (first == 0) return p;
-    p.a += first * a_step;
-    p.b += first * step;
-    if (x) p.x += first * step;
-    if (reset) p.reset += first * reset_step;
-    p.fresh = false;
-    p.in = out;
-    return p;
-  }
 };
 
 // s <- a[i-1] s + g[i], lambda[i] = s, da[i] = s x_prev[i], where x_prev[i] = x[i+1] in the order of the sweep,
@@ -61,23 +48,6 @@ struct BackwardSweep {
   bool conjugate;
   const double* in;
   double* out;
-
-  BackwardSweep part(int64_t first, int64_t steps) const {
-    BackwardSweep p = *this;
-    p.count = steps;
-    if (first + steps < count) p.x_last = nullptr;
-    if (first == 0) return p;
-    p.a += first * a_step;
-    p.g += first * step;
-    p.x += first * step;
-    p.lambda += first * step;
-    if (da) p.da += first * step;
-    if (reset) p.reset += first * reset_step;
-    p.fresh = false;
-    p.adds = true;
-    p.in = out;
-    return p;
-  }
 };
 
 struct Sweeps {

@@ -17,6 +17,8 @@ constexpr int64_t kBlockBytes = 640 << 10;      // of all that a block touches: 
 constexpr int64_t kMostSteps = 1024;            // so that there are blocks enough to share out
 constexpr int64_t kSerialProducts = 256 << 10;  // fewer multiplications than this are not worth a second thread
 constexpr int64_t kManyRows = 16;               // so many keep all cores busy; their sums of gradients stay small
+constexpr int64_t kFewTasks = 4;                // so many at least, however large the sums
+constexpr int64_t kFeatures = 16;               // of the final sums, that one worker takes
 
 // A matrix (rows, columns), given by its strides, in the panels that `Product` wants on its right.
 template <typename T>
@@ -24,9 +26,16 @@ class Panels {
  public:
   Panels(const T* from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step)
       : rows_(rows), data_(rows * padded<T>(columns), T(0)) {
-    for (int64_t i = 0; i < rows; ++i)
+    const auto at = [&](int64_t i, int64_t j) {
+      return &data_[(j / kPanel<T> * rows + i) * kPanel<T> + j % kPanel<T>];
+    };
+    if (column_step == 1)  // either way in the order of memory
+      for (int64_t j = 0; j < columns; j += kPanel<T>)
+        for (int64_t i = 0; i < rows; ++i)
+          std::copy_n(from + i * row_step + j, std::min(kPanel<T>, columns - j), at(i, j));
+    else
       for (int64_t j = 0; j < columns; ++j)
-        data_[(j / kPanel<T> * rows + i) * kPanel<T> + j % kPanel<T>] = from[i * row_step + j * column_step];
+        for (int64_t i = 0; i < rows; ++i) *at(i, j) = from[i * row_step + j * column_step];
   }
 
   // c = a b, with a (m, rows) and c (m, n)
@@ -64,18 +73,25 @@ struct Layer {
   Layer(const SsmShape& shape, const SsmInputs<T>& inputs, int64_t scalars_a_step, bool is_backward)
       : s(shape),
         in(inputs),
-        steps(steps_a_block(scalars_a_step, is_backward ? 4 * row : 0)),
+        steps(steps_a_block(scalars_a_step, is_backward && shape.batch < kManyRows ? 4 * row : 0)),
         a(row, T(0)),
         zero(row, 0.0),
         powers(row, 0.0) {
     std::copy_n(in.a, pairs, a.begin());
-    plan = {s.batch,  row, blocks, /*is_complex=*/true, s.batch * s.length * s.width * pairs < kSerialProducts,
-            kManyRows};
-    plan.rows_a_task = plan.serial ? s.batch : (s.batch + kManyRows - 1) / kManyRows;
+    plan = {s.batch, row, blocks, /*is_complex=*/true};
+    plan.serial = s.batch * s.length * s.width * pairs < kSerialProducts;
+    plan.many_rows = kManyRows;
+    const auto over = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+    if (plan.serial)
+      plan.rows_a_task = s.batch;
+    else if (is_backward)
+      plan.rows_a_task = std::max(over(s.batch, kManyRows),
+                                  std::min(over(4 * row, s.length), std::max<int64_t>(s.batch / kFewTasks, 1)));
     if (plan.by_block()) power(a.data(), steps, /*conjugate=*/is_backward, powers.data(), row, true);
   }
 
-  // Where each block has its own sums of the weights' gradients, `least` bounds these by half of what the block reads.
+  // A task has sums of the weights' gradients. In 4 `row` steps they are at most half of what it reads: `least` where a
+  // block is a task, and as many rows as that takes where rows are.
   static int64_t steps_a_block(int64_t scalars_a_step, int64_t least) {
     const int64_t fitting = kBlockBytes / (std::max<int64_t>(scalars_a_step, 1) * static_cast<int64_t>(sizeof(T)));
     const int64_t steps = std::max(std::min(fitting, kMostSteps), least);
@@ -170,6 +186,7 @@ void ssm_forward(const SsmShape& s, const SsmInputs<T>& in, const SsmOutputs<T>&
   const int64_t pairs = 2 * s.states, row = padded<T>(pairs);
   const Layer<T> layer(s, in, row + 2 * s.width, /*is_backward=*/false);
   const Panels<T> w_in(in.w_in, s.width, pairs, pairs, 1), w_out(in.w_out, pairs, s.width, s.width, 1);
+  const bool streams = s.batch * s.length * s.width * static_cast<int64_t>(sizeof(T)) > kPastCache;
   const Scratch<T> scratch(layer.plan.workers(parallel, layer.plan.tasks()), layer.steps * row);
 
   layer.plan.run(
@@ -194,6 +211,7 @@ void ssm_forward(const SsmShape& s, const SsmInputs<T>& in, const SsmOutputs<T>&
           std::copy_n(x + (std::min(t + s.chunk, count) - 1) * row, pairs, kept);
         if (block + 1 == layer.blocks) std::copy_n(x + (count - 1) * row, pairs, out.last + b * pairs);
         Product<T> y = w_out.product(x, row, count, s.width, out.y + (b * s.length + first) * s.width, s.width);
+        y.streams = streams;
         y.scale = in.skip;
         y.addend = layer.u(b, first);
         multiply(y);
@@ -215,6 +233,7 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
   const Plan& plan = layer.plan;
   const Panels<T> w_in(in.w_in, s.width, pairs, pairs, 1), w_in_t(in.w_in, pairs, s.width, 1, pairs);
   const Panels<T> w_out_t(in.w_out, s.width, pairs, 1, s.width);
+  const bool streams = s.batch * s.length * s.width * static_cast<int64_t>(sizeof(T)) > kPastCache;
   // lambda, then x with the state that enters the block in front
   const int64_t states = layer.steps * row;
   const int64_t workers = plan.workers(parallel, plan.tasks());
@@ -299,6 +318,7 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
         }
 
         Product<T> du = w_in_t.product(lambda, row, count, s.width, ct.du + (b * s.length + first) * s.width, s.width);
+        du.streams = streams;
         du.scale = in.skip;
         du.addend = g;
         multiply(du);
@@ -306,8 +326,9 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
       });
 
   // Task by task, in order, in double.
-  std::vector<double> totals(plan.workers(parallel, s.width) * 2 * row);
-  plan.each(parallel, s.width, [&](int64_t worker, int64_t d) {
+  const int64_t parts = (s.width + kFeatures - 1) / kFeatures;
+  std::vector<double> totals(plan.workers(parallel, parts) * 2 * row);
+  const auto total_of = [&](int64_t worker, int64_t d) {
     double *const of_in = totals.data() + worker * 2 * row, *const of_out = of_in + row;
     double of_skip = 0;
     std::fill_n(of_in, 2 * row, 0.0);
@@ -322,6 +343,10 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
       ct.dw_out[p * s.width + d] = static_cast<T>(of_out[p]);
     }
     ct.dskip[d] = static_cast<T>(of_skip);
+  };
+  plan.each(parallel, parts, [&](int64_t worker, int64_t part) {
+    const int64_t end = std::min((part + 1) * kFeatures, s.width);
+    for (int64_t d = part * kFeatures; d < end; ++d) total_of(worker, d);
   });
   for (int64_t task = 1; task < plan.tasks(); ++task)
     for (int64_t p = 0; p < 2 * row; ++p) da[p] += da[task * 2 * row + p];

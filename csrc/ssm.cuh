@@ -718,7 +718,13 @@ __global__ void __launch_bounds__(kThreads) ssm_sum_kernel(SsmSums<T> p) {
   const int cells = p.t.passes * kColumns * kColumns * p.t.cells;  // of one weight matrix
   const int which = static_cast<int>(blockIdx.x) * kWarp + lane, matrix = which / cells < 2 ? which / cells : 2;
   const int at = which - matrix * cells, rest = p.width + 2 * p.states;
-  const bool exists = matrix < 2 || at < rest;
+  const int part = at / p.t.cells, cell = at - part * p.t.cells;
+  const Place first = place_of<kTensor>(cell, p.states);
+  const Place own = number_of<kTensor>(part % (kColumns * kColumns), cell % kWarp);
+  const int feature = part / (kColumns * kColumns) * p.t.features + first.feature + own.feature;
+  const int scalar = first.scalar + own.scalar;
+  // Cells beyond the width or the states are nobody's, and never written.
+  const bool exists = matrix < 2 ? feature < p.width && scalar < 2 * p.states : at < rest;
   int64_t from = matrix * p.t.slot_cells + at;
   int splits = 1;
   if (matrix < 2) {
@@ -739,12 +745,6 @@ __global__ void __launch_bounds__(kThreads) ssm_sum_kernel(SsmSums<T> p) {
     (at < p.width ? p.dskip[at] : p.da[at - p.width]) = total;
     return;
   }
-  const int part = at / p.t.cells, cell = at - part * p.t.cells;
-  const Place first = place_of<kTensor>(cell, p.states);
-  const Place own = number_of<kTensor>(part % (kColumns * kColumns), cell % kWarp);
-  const int feature = part / (kColumns * kColumns) * p.t.features + first.feature + own.feature;
-  const int scalar = first.scalar + own.scalar;
-  if (feature >= p.width || scalar >= 2 * p.states) return;
   if (matrix == 0)
     p.dw_in[feature * 2 * p.states + scalar] = total;
   else
@@ -797,7 +797,7 @@ template <typename T, Pass kPass>
 Status launch_ssm(const SsmShape& s, const SsmInputs<T>& k, SsmProblem<T>& p, bool aligned, const SsmCotangents<T>* r,
                   Projection projection, void* memory, int64_t blocks, Stream stream) {
   if constexpr (sizeof(T) == sizeof(float))
-    if (projection != Projection::kPlain && has_tf32()) {
+    if (projection != Projection::kPlain && was_compiled_for_tf32(ssm_kernel<T, kPass, true>)) {
       p.split = projection == Projection::kSplitTf32;
       return launch_ssm<T, kPass, true>(s, k, p, aligned, r, memory, blocks, stream);
     }

@@ -18,6 +18,7 @@ constexpr int kColumns = 4;    // outputs side by side of one thread, in every p
 #define S5EQX_MOST_RUNS 1024
 #endif
 constexpr int64_t kMostRuns = S5EQX_MOST_RUNS;  // that leave sums of their own
+constexpr int64_t kManyRuns = kMostRuns / 4;    // that keep a GPU busy
 constexpr int64_t kMostFeatures = 256;
 constexpr int64_t kTileBytes = 32 << 10;  // of states
 
@@ -75,9 +76,14 @@ inline SsmTiling ssm_tiling(const SsmShape& s, int64_t scalar_bytes, Pass pass, 
   t.look_back = s.batch < kManyChains && t.tiles > 2;
   t.run = t.rows = 1;
   const auto find_runs = [&] { return t.runs = (t.tiles + t.run - 1) / t.run; };
-  while (s.batch * find_runs() > kMostRuns && t.runs > 1 && pass == Pass::kBackward) t.run *= 2;
+  // The sums of so many steps are no larger than what these steps read. More of them only where the runs are few.
+  const int64_t worthwhile = 4 * s.states;
+  const auto too_many = [&](int64_t runs, int64_t length) {
+    return pass == Pass::kBackward && runs > (length < worthwhile ? kManyRuns : kMostRuns);
+  };
+  while (too_many(s.batch * find_runs(), int64_t{t.run} * t.steps) && t.runs > 1) t.run *= 2;
   t.look_back &= t.runs > 1;
-  if (pass == Pass::kBackward && !t.look_back) t.rows = (s.batch + kMostRuns - 1) / kMostRuns;
+  while (!t.look_back && too_many(over(s.batch, t.rows), t.rows * s.length)) t.rows *= 2;
   t.groups = (t.runs + kFan - 1) / kFan;
   t.super_groups = (t.groups + kFan - 1) / kFan;
   t.slots = t.look_back ? s.batch * t.runs : (s.batch + t.rows - 1) / t.rows;

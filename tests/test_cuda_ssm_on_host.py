@@ -110,10 +110,11 @@ SIZES = (  # (B, L, D, P): tiles hold 256 steps of up to 16 states, 128 of 32 an
     (1, 130, 9, 64),  # three tiles, so that blocks look back
     (2, 255, 256, 3),
     (1, 200, 130, 30),  # products in several passes over the features
-    (1, 64 * 17 + 5, 4, 64),  # two groups
+    (1, 128 * 17 + 5, 4, 32),  # two groups
     (3, 256 * 9 + 1, 2, 4),  # runs of two tiles
     (2, 64 * 50 + 7, 4, 40),  # runs of eight
-    (49, 70, 3, 2),  # many rows, two to a block
+    (49, 70, 3, 2),  # many rows, four to a block
+    (9, 70, 3, 33),  # two, which are too short to leave sums of their own
 )
 
 
@@ -149,7 +150,7 @@ def test_tensor_cores(program):
 
 def test_same_bits_for_any_grid_and_schedule(program):
     """4 grids x 5 schedules, over two groups of tiles."""
-    p = problem(1, 64 * 19 + 3, 3, 40, radius=(0.999, 0.99999), reset=True)
+    p = problem(1, 128 * 19 + 3, 3, 32, radius=(0.999, 0.99999), reset=True)
     check(program, "float32", [(p, {"runs": SCHEDULES})])
 
 
@@ -226,7 +227,7 @@ def test_tensor_cores_on_every_path(program):
 @pytest.mark.slow
 def test_same_bits_over_super_groups(unlimited):
     """More than 256 tiles, in either pass, so that the chain of published states is used."""
-    p = problem(1, 64 * 260 + 5, 2, 40, radius=(0.999, 0.99999), reset=True)
+    p = problem(1, 128 * 260 + 5, 2, 32, radius=(0.999, 0.99999), reset=True)
     check(unlimited, "float32", [(p, {"runs": SCHEDULES[::3]})])
 
 

@@ -100,8 +100,9 @@ def test_the_way_of_the_products_is_one_of_three(monkeypatch):
     assert (_native.ssm_projection(jnp.float32), _native.ssm_projection(jnp.float64)) == (1, 0)
     _native._projection.cache_clear()
     monkeypatch.setenv("S5EQX_SSM_PROJECTION", "bf16")
-    with pytest.raises(ValueError, match="must be one of float32, 3xtf32, tf32; got 'bf16'"):
-        _native.ssm_projection(jnp.float32)
+    for ask in (lambda: _native.ssm_projection(jnp.float32), _native.show_config):
+        with pytest.raises(ValueError, match="must be one of float32, 3xtf32, tf32; got 'bf16'"):
+            ask()
     _native._projection.cache_clear()
 
 

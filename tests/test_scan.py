@@ -9,6 +9,7 @@ import pytest
 from helpers import recurrence, recurrence_vjp, relative_error
 from scan_problems import BACKENDS, LAYOUTS, check, native, plain_scan, problem, solve
 
+from s5eqx.ops import diagonal_scan, use_backend
 from s5eqx.ops._scan_reference import blocked
 
 
@@ -49,6 +50,23 @@ def test_native_lengths(layout):
         problem(layout, (2,), n, states, a=a, reverse=n % 2 == 0) for n in lengths for a in ((states,), (n, states))
     ]
     check(layout, problems)
+
+
+@native
+@pytest.mark.parametrize("states", [16, 5])
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "complex128"])
+def test_results_past_the_cache(states, dtype, key, request):
+    """More than 24 MiB go straight to memory. To the bit what each half gives, which goes through the cache."""
+    if dtype == "complex128":
+        request.getfixturevalue("x64")
+    rows = 16  # each a task, whole or half
+    length = (25 << 20) // (rows * states * np.dtype(dtype).itemsize)
+    a, b = (jax.random.normal(key, shape, dtype) for shape in ((states,), (rows, length, states)))
+    a *= (0.9 / jnp.abs(a).max()).astype(dtype)
+    scan = jax.jit(lambda a, b: diagonal_scan(a, b))
+    with use_backend("native"):
+        whole, halves = scan(a, b), [scan(a, half) for half in jnp.split(b, 2)]
+    np.testing.assert_array_equal(whole, jnp.concatenate(halves))
 
 
 @native

@@ -36,6 +36,17 @@ def test_the_kernels_for_cuda_are_for_no_other_device(platform, version, expecte
     assert _native.runs_native(SimpleNamespace(platform=platform, client=client)) == expected
 
 
+@pytest.mark.parametrize(
+    "platform, wish, expected", [("gpu", "tf32", True), ("gpu", "3xtf32", False), ("cpu", "tf32", False)]
+)
+def test_rounded_products_are_expected_where_they_are_asked_for(platform, wish, expected, monkeypatch):
+    monkeypatch.setattr(_native, "is_live", lambda platform: True)
+    monkeypatch.setenv("S5EQX_SSM_PROJECTION", wish)
+    monkeypatch.setattr(_native, "_projection", _native._projection.__wrapped__)
+    client = SimpleNamespace(platform_version="cuda")
+    assert _native.ssm_rounds(SimpleNamespace(platform=platform, client=client)) == expected
+
+
 @native
 @pytest.mark.parametrize(
     "wrong, named",
@@ -60,7 +71,7 @@ def test_a_wrong_kernel_is_named(wrong, named, monkeypatch):
         return lambda ctx, u, a, w_in, w_out, *others, **rest: rule(ctx, u, a, w_out, w_in, *others, **rest)
 
     monkeypatch.setattr(jax.ffi, "ffi_lowering", misled)
-    with pytest.raises(RuntimeError, match=r"(?i)native kernels are wrong on .*cpu.*must be below") as error:
+    with pytest.raises(RuntimeError, match=r"(?is)native kernels are wrong on .*cpu.*must be below 1e-05") as error:
         s5eqx.self_test()
     message = str(error.value)
     results = ("states", "final state", "gradient of b", "y", "last state", "gradient of u")

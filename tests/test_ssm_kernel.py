@@ -58,6 +58,27 @@ def test_batches(rows, length, dtype):
 
 
 @native
+@pytest.mark.parametrize("width", [64, 20, 7])
+def test_results_past_the_cache(width):
+    """More than 24 MiB go straight to memory. To the bit what each half gives, which goes through the cache."""
+    rows = 32  # each a task, whole or half
+    p = problem(rows, (25 << 20) // (rows * width * 4), width, 2)
+    u, *weights, x0 = in_dtype(p.inputs, "float32")
+    g, _ = in_dtype((p.g, p.g_last), "float32")
+
+    @jax.jit
+    def y_and_du(u, x0, g):
+        (y, last), pull = jax.vjp(lambda u: ssm(u, *weights, x0), u)
+        return y, pull((g, jnp.zeros_like(last)))[0]
+
+    with use_backend("native"):
+        whole = y_and_du(u, x0, g)
+        halves = [y_and_du(*half) for half in zip(*(jnp.split(jnp.asarray(z), 2) for z in (u, x0, g)), strict=True)]
+    for given, *expected in zip(whole, *halves, strict=True):
+        np.testing.assert_array_equal(given, jnp.concatenate(expected))
+
+
+@native
 def test_resets_at_the_seams(dtype):
     """One at a time, one at each seam, two in a row, and at every step."""
     length = LONGEST + CHUNK + 2
@@ -209,11 +230,14 @@ def test_the_same_bits_on_one_thread():
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_many_threads_under_a_sanitizer(sanitizer, tmp_path):
-    """More of them than this machine may have processors, and the bits of one."""
+    """More of them than this machine may have processors, and the bits of one, with the vectors of this machine."""
     sources = [Path(__file__).parent / "ssm_on_threads.cc"]
     sources += [CSRC / f"{name}.cc" for name in ("ssm", "isa", "scan_sweep", "product")]
     flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{CSRC}"]
-    flags += ["-DS5EQX_SWEEPS=sweeps_generic", "-DS5EQX_PRODUCTS=products_generic"]
+    flags += ["-DS5EQX_SWEEPS=sweeps_generic", "-DS5EQX_PRODUCTS=products_generic", "-DS5EQX_PAST_CACHE=4096"]
+    instruction_set = s5eqx.backends()[0].detail.rpartition(" ")[2]
+    if instruction_set.startswith("x86-64"):
+        flags.append(f"-march={instruction_set}")
     program = tmp_path / "ssm_on_threads"
     subprocess.run([*COMPILER, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

@@ -11,6 +11,8 @@ import optax
 import pytest
 import tiny
 from helpers import quick_jit
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Split
 
 from s5eqx.data import Batch
 from s5eqx.models import LanguageModel
@@ -247,16 +249,31 @@ def with_gradient(model, batch, **options):
     return given, gradient
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, key):
-    """Ten steps in three pieces, the last of which is filled up."""
+@pytest.mark.parametrize("size, length", [(1, 10), (2, 7)])
+def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, key):
+    """Ten steps in five pieces, or seven in two, the last of which is filled up."""
     model = eqx.nn.inference_mode(eqx.filter_jit(tiny.language_model)(key))
-    batch = tiny.TASK.train(jnp.arange(size))
-    assert batch.inputs.shape == (size, 10)
+    batch = jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
     whole, pieces = quick_jit(lambda model: [with_gradient(model, batch, chunk=chunk) for chunk in (None, 4)])(model)
-    assert float(whole[0].weight) == 10 * size
+    assert float(whole[0].weight) == length * size
     for given, expected in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_on_two_devices(key):
+    model = eqx.nn.inference_mode(eqx.filter_jit(tiny.language_model)(key))
+    batch = tiny.TASK.train(jnp.arange(4))
+    mesh, (arrays, rest) = Mesh(jax.devices()[:2], "batch"), eqx.partition(model, eqx.is_array)
+    nll = lambda arrays, batch: next_token(eqx.combine(arrays, rest), batch, chunk=5).nll
+    spread = jax.shard_map(
+        lambda *operands: jax.lax.psum(nll(*operands), "batch"),
+        mesh=mesh,
+        in_specs=(Split(), Split("batch")),
+        out_specs=Split(),
+    )
+    given, expected = (quick_jit(jax.value_and_grad(f))(arrays, batch) for f in (spread, nll))
+    for ours, exact in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-5)
 
 
 class Coin(eqx.Module):
@@ -300,6 +317,8 @@ def test_pieces_need_memory_for_one_piece(key):
 def test_a_piece_has_a_step():
     with pytest.raises(ValueError, match="chunk must be at least 1 step"):
         next_token(Coin(), tiny.TASK.train(jnp.arange(1)), chunk=0)
+    with pytest.raises(TypeError, match="init_state and prefill; Bigram lacks one: leave it out"):
+        next_token(tiny.bigram(jr.key(0)), tiny.TASK.train(jnp.arange(1)), chunk=2)
 
 
 # The step.

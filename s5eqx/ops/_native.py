@@ -215,6 +215,11 @@ def ssm_projection(dtype: Any) -> np.int64:
     return np.int64(_projection() if jnp.dtype(dtype) == jnp.float32 else 0)
 
 
+def ssm_rounds(device: Any) -> bool:
+    """Whether on a device, as JAX gives it, the products of the state-space step have the precision of TF32."""
+    return device.platform != "cpu" and runs_native(device) and _PROJECTIONS[_projection()] == "tf32"
+
+
 @cache
 def _projection():
     wish = os.environ.get("S5EQX_SSM_PROJECTION", _PROJECTIONS[0])
@@ -272,3 +277,4 @@ def show_config() -> None:
     for name in sorted(os.environ):
         if name.startswith("S5EQX_"):
             print(f"{name}={os.environ[name]}")
+    _projection()  # raises where it is not one of those that there are

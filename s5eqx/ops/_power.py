@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from s5eqx.ops._primitive import varying_like
+from s5eqx._varying import varying_like
 
 
 class _Double(NamedTuple):

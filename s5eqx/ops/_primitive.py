@@ -14,35 +14,13 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from s5eqx._varying import varying_axes, varying_over
 from s5eqx.ops import _native
 from s5eqx.ops._partition import partitioned, sees_devices
 
 Arrays = Sequence[jax.Array]
 STATIC = ("reverse", "pairs", "chunk", "backend")
 _LIBRARIES = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
-
-
-def varying_axes(x: jax.Array) -> frozenset[str]:
-    """The mesh axes over which `x` varies, inside `jax.shard_map`."""
-    aval = jax.typeof(x)
-    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
-
-
-def _lifted(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """`x`, varying over `axes` too."""
-    missing = tuple(sorted(axes - varying_axes(x)))
-    return _vary_over(x, missing) if missing else x
-
-
-def varying_like(x: jax.Array, constant: jax.Array) -> jax.Array:
-    """`constant`, varying over the mesh axes that `x` varies over: a loop's carry must."""
-    return _lifted(constant, varying_axes(x))
-
-
-def _vary_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # jax < 0.9
 
 
 def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]:
@@ -52,7 +30,7 @@ def bind(primitive: Primitive, *operands: Any, **params: Any) -> list[jax.Array]
     that gradient is silently one device's share.
     """
     union = frozenset().union(*map(varying_axes, operands))
-    return primitive.bind(*(_lifted(x, union) for x in operands), **params)
+    return primitive.bind(*(varying_over(union, x) for x in operands), **params)
 
 
 def new_primitive(name: str, outputs: Callable[..., list[Any]]) -> Primitive:

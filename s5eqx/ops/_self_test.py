@@ -15,7 +15,7 @@ from s5eqx.ops.scan import diagonal_scan, diagonal_scan_pairs, final_state, fina
 from s5eqx.ops.ssm import ssm
 
 _BATCH, _LENGTH = 2, 1300  # several tiles of every kernel, and a part of one
-_BOUND = 1e-5
+_BOUND, _BOUND_OF_TF32 = 1e-5, 3e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +129,23 @@ def _check(device) -> DeviceTest:
         with use_backend(backend), jax.default_matmul_precision("highest"):
             return [case.both(operands) for case, operands in zip(_CASES, drawn, strict=True)]
 
+    def judged(case, ours, exact):
+        """Name, error and bound of each result."""
+        bound = _BOUND_OF_TF32 if isinstance(case, _Layer) and _native.ssm_rounds(device) else _BOUND
+        for name, x in exact.items():
+            yield name, float(np.max(np.abs(ours[name] - x)) / np.max(np.abs(x))), bound
+
     results = jax.device_get(everything(jax.device_put([case.draw() for case in _CASES], device)))
-    ours, exact = ({name: x for pair in results for name, x in pair[side].items()} for side in (0, 1))
-    error = {name: float(np.max(np.abs(ours[name] - x)) / np.max(np.abs(x))) for name, x in exact.items()}
-    wrong = [f"{name}: {e:.1e}" for name, e in error.items() if not e < _BOUND]
+    found = [row for case, both in zip(_CASES, results, strict=True) for row in judged(case, *both)]
+    wrong = [f"{name}: {error:.1e} must be below {bound:.0e}" for name, error, bound in found if not error < bound]
     if wrong:
         implementation = "The native kernels are" if backend == "native" else "Plain JAX is"
         raise RuntimeError(
-            f"{implementation} wrong on {device}. Relative errors must be below {_BOUND:.0e}, but are\n  "
+            f"{implementation} wrong on {device}. Of the relative errors\n  "
             + "\n  ".join(wrong)
             + '\nReport this with the output of s5eqx.show_config(). s5eqx.use_backend("jax") works without kernels.'
         )
-    return DeviceTest(str(device), backend, max(error.values()))
+    return DeviceTest(str(device), backend, max(error for _, error, _ in found))
 
 
 def self_test() -> tuple[DeviceTest, ...]:

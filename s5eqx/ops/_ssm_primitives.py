@@ -10,9 +10,9 @@ products B u and Re(C x) are real ones, on (B·L, .) matrices, and the states ar
 
 `kept` (B, L / chunk, P, 2), rounded up, passes from the forward to the backward pass: the state after every `chunk`
 steps, and the last one. The native kernels keep few and compute the others again, a block at a time, so that states
-never leave the cache; they have a `chunk` of their own, `CHUNK`. With a `chunk` of 1 all are kept, and the step is
-composed of matrix products and the scan on every platform. `kept` has no tangent of its own: derivatives of the tangent
-and of the backward pass compute the states from the inputs.
+never leave the cache; they have a `chunk` of their own, `CHUNK`. With a `chunk` of 1 all are kept, and only the CPU's
+kernel takes part: other platforms compose the step of matrix products and the scan. `kept` has no tangent of its own:
+derivatives of the tangent and of the backward pass compute the states from the inputs.
 """
 
 from functools import partial

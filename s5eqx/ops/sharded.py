@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from s5eqx._typing import Array, Bool, Float, Inexact, checked
+from s5eqx._varying import varying_axes
 from s5eqx.ops._power import power
-from s5eqx.ops._primitive import varying_axes
 from s5eqx.ops.scan import broadcast, diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs
 
 

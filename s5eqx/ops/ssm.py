@@ -26,9 +26,10 @@ def ssm(
 
     The complex products are real ones with interleaved columns, on matrices of B·L rows however many axes `jax.vmap`
     adds. The native kernels go from `u` to `y` without writing the states: one in 64 is kept for the gradient, which
-    computes the others again. Layers wider than 256 keep all of them, which are small beside `u` there. The recurrence
-    runs in the precision of the weights (complex64 or complex128); `y` comes back in the dtype of `u`. Where L = 0 the
-    last state is `x0`.
+    computes the others again. Layers wider than 256, or of more than 128 states, keep all of them on a CPU, which is
+    little beside `u` where they are wide, and are composed of matrix products and the scan on a GPU, as is everything
+    there above 64 states (32 in double precision). The recurrence runs in the precision of the weights (complex64 or
+    complex128); `y` comes back in the dtype of `u`. Where L = 0 the last state is `x0`.
 
     A time-varying `Lambda_bar` (L, P), or a `gain`, serves irregular sampling; that case, and weights that `jax.vmap`
     maps, are composed of matrix products and the scan.

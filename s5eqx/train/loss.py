@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ import optax
 from jax import lax
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
+from s5eqx._varying import varying_like
 from s5eqx.data import Batch
 
 
@@ -50,17 +52,24 @@ def score(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], weigh
     return Score(jnp.sum(nll * weights), jnp.sum(correct * weights), jnp.sum(weights))
 
 
+@runtime_checkable
+class _Streams(Protocol):
+    def init_state(self) -> Any: ...
+    def prefill(self, state: Any, x: Array, *, key: PRNGKeyArray | None) -> tuple[Any, Array]: ...
+
+
 @checked
 def next_token(
     model: Callable[..., Array], batch: Batch, *, key: PRNGKeyArray | None = None, chunk: int | None = None
 ) -> Score:
     """The score of a language model, `tokens -> logits` of one sequence, on a batch.
 
-    **Arguments:** `chunk`, the steps of a piece, for models with `prefill`. Sequences then pass in equal pieces of at
-    most `chunk` steps, each from the state that the last one left, and a gradient computes a piece again from there.
-    Score and gradient stay exact, with dropout drawn for each piece, and memory hardly grows with the length. On CPU,
-    where a piece of some thousand steps stays in the cache, it is also the faster way; a GPU is kept busier by the
-    whole. The last piece is filled up, by fewer steps than there are pieces: a `max_length` must leave room for them.
+    **Arguments:** `chunk`, the steps of a piece, for models with `init_state` and `prefill`. Sequences then pass in
+    equal pieces of at most `chunk` steps, each from the state that the last one left, and a gradient computes a piece
+    again from there. Score and gradient stay exact, with dropout drawn for each piece. What is kept is a state a piece:
+    for S5 next to nothing, for attention a whole cache. On CPU, where a piece of some thousand steps stays in the
+    cache, it is also the faster way; a GPU is kept busier by the whole. Where fewer than twice as many pieces do not
+    divide the length, the last is filled up, by fewer steps than there are pieces: a `max_length` must leave room.
     """
     if chunk is None:
         keys = _keys(key, len(batch.inputs))
@@ -68,12 +77,17 @@ def next_token(
         return score(logits, batch.targets, batch.weights)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 step, or None for whole sequences; got {chunk}.")
+    if not isinstance(model, _Streams):
+        raise TypeError(
+            f"chunk needs a model with init_state and prefill; {type(model).__name__} lacks one: leave it out."
+        )
     return _in_pieces(model, batch, key, chunk)
 
 
 def _in_pieces(model, batch, key, chunk):
     size, length = batch.inputs.shape
-    pieces = max(-(-length // chunk), 1)
+    least = max(-(-length // chunk), 1)
+    pieces = next((n for n in range(least, 2 * least) if length % n == 0), least)
     steps = -(-length // pieces)
 
     def cut(a):
@@ -87,7 +101,8 @@ def _in_pieces(model, batch, key, chunk):
         states, logits = _each(prefill, states, batch.inputs, _keys(key, size))
         return states, score(logits, batch.targets, batch.weights)
 
-    start = jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape)), model.init_state())
+    of_each = lambda a: varying_like(batch.inputs, jnp.broadcast_to(a, (size, *a.shape)))
+    start = jax.tree.map(of_each, model.init_state())
     keys = None if key is None else jr.split(key, pieces)
     _, scores = lax.scan(one, start, (jax.tree.map(cut, batch), keys), pieces)
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), scores)

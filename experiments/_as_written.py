@@ -1,9 +1,10 @@
 """A training step of the Hyena-S5 language model as its research code writes it, in plain JAX.
 
-It shares with s5eqx the weights and the data alone, and is what `bench_train.py` measures s5eqx against. Batched dense
-layers, complex matrices applied by a mapped matrix-vector product, an associative scan over tiled eigenvalues mapped
-over the batch, a grouped convolution that pads both ends and is cut, channels before time between the convolution and
-the last gate, a variance that is the mean of squares less the square of the mean, optax's AdamW for each group.
+It shares with s5eqx the weights and the data alone, and is what `bench_train.py` measures s5eqx against, as does
+`bench_layer.py` with its recurrence. Batched dense layers, complex matrices applied by a mapped matrix-vector product,
+an associative scan over tiled eigenvalues mapped over the batch, a grouped convolution that pads both ends and is cut,
+channels before time between the convolution and the last gate, a variance that is the mean of squares less the square
+of the mean, optax's AdamW for each group.
 
 Source: lindermanlab/S5, branch `development`, and Flax's `Dense`, `Conv`, `LayerNorm` and `Embed`, which it calls.
 
@@ -69,8 +70,8 @@ def short_filter(w, x):
     return (y + w["bias"])[:, : x.shape[1]]
 
 
-def apply_ssm(u, Lambda_bar, B_bar, C, D):
-    """One sequence, (L, H); `C` stands for one of each pair of conjugate states."""
+def recurrence(u, Lambda_bar, B_bar, C, D):
+    """One sequence, (L, H)."""
 
     def combine(early, late):
         return late[0] * early[0], late[0] * early[1] + late[1]
@@ -78,17 +79,19 @@ def apply_ssm(u, Lambda_bar, B_bar, C, D):
     Lambda_elements = jnp.tile(Lambda_bar, (len(u), 1))
     Bu_elements = jax.vmap(lambda u_t: B_bar @ u_t)(u)
     _, x = jax.lax.associative_scan(combine, (Lambda_elements, Bu_elements))
-    return 2 * jax.vmap(lambda x_t: (C @ x_t).real)(x) + D * u
+    return jax.vmap(lambda x_t: (C @ x_t).real)(x) + D * u
+
+
+recurrences = jax.vmap(recurrence, in_axes=(0, None, None, None, None))
 
 
 def ssm(w, u):
-    """A batch with channels before time, (batch, H, L)."""
+    """A batch with channels before time, (batch, H, L); the states stand for one of each conjugate pair."""
     Lambda = jnp.minimum(w["Lambda_re"], -1e-4) + 1j * w["Lambda_im"]
     z = Lambda * jnp.exp(w["log_step"])
     B, C = (w[name][..., 0] + 1j * w[name][..., 1] for name in "BC")
     B_bar = (jnp.expm1(z) / Lambda)[:, None] * B
-    mapped = jax.vmap(apply_ssm, in_axes=(0, None, None, None, None))
-    y = mapped(u.swapaxes(1, 2), jnp.exp(z), B_bar, C, w["D"])
+    y = recurrences(u.swapaxes(1, 2), jnp.exp(z), B_bar, 2 * C, w["D"])
     y = y * jax.nn.sigmoid(dense(w["out2"], jax.nn.gelu(y, approximate=False)))
     return y.swapaxes(1, 2)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair timing, and a process of its own for each allocator setting."""
+"""What the benchmarks share: a look at their settings, fair timing, a process of its own for each allocator setting."""
 
 import json
 import os
@@ -8,12 +8,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8589934592"
-"""Keeps large freed blocks and asks for huge pages. Without it glibc maps any array over 32 MiB anew on every
-call, at about a microsecond a page, and that is then what a benchmark measures."""
+TUNED = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8589934592:glibc.malloc.mmap_threshold=8589934592"
+"""Keeps freed blocks and asks for huge pages. Without it glibc maps any array over 32 MiB anew on every call, at about
+a microsecond a page, and that is then what a benchmark measures; with a threshold for trimming alone, any over 128 KiB.
+"""
+
+
+def check_settings(settings: Any, **least: int) -> None:
+    """Ends the program where a number, or one of several, is below `least[field]` or else 1, where several are none, or
+    where a file has no folder."""
+    for name, value in vars(settings).items():
+        if value == ():
+            sys.exit(f"error: {name} must have at least one entry, got none")
+        if isinstance(value, Path) and (value.is_dir() or not value.parent.is_dir()):
+            sys.exit(f"error: {name} must be a file in a folder that exists, got {value}")
+        numbers = [number for number in jax.tree.leaves(value) if type(number) is int]
+        if min(numbers, default=1) < (bound := least.get(name, 1)):
+            sys.exit(f"error: {name} must be at least {bound}, got {value}")
 
 
 def interleaved_medians(programs: dict[str, Callable], repeats: int) -> dict[str, float]:

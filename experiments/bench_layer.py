@@ -15,12 +15,14 @@ import json
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
+import _as_written
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _timing import TUNED, in_a_process_of_its_own, interleaved_medians, where
+from _timing import TUNED, check_settings, in_a_process_of_its_own, interleaved_medians, where
 
 from s5eqx.ops import diagonal_scan_pairs, ssm
 
@@ -37,41 +39,28 @@ class Settings:
     """Length, in steps, of the one whose errors are measured at |Lambda_bar| = 0.99999."""
     repeats: int = 9
     """Rounds a median is taken over."""
-    json: str | None = None
+    json: Path | None = None
     """File to write all numbers to."""
-    plot: str | None = None
+    plot: Path | None = None
     """File to draw them in."""
     child: bool = False
     """Measure in this process and print JSON; the script calls itself so."""
 
 
-def as_written(u, Lambda_bar, B_bar, C, D):
-    def combine(early, late):
-        return early[0] * late[0], late[0] * early[1] + late[1]
-
-    def example(u):
-        Bu = jax.vmap(lambda u_t: B_bar @ u_t)(u.astype(B_bar.dtype))
-        _, x = jax.lax.associative_scan(combine, (jnp.broadcast_to(Lambda_bar, Bu.shape), Bu))
-        return jax.vmap(lambda x_t: (C @ x_t).real)(x) + D * u
-
-    return jax.vmap(example)(u)
-
-
 def real_products(u, Lambda_bar, B_bar, C, D):
+    """Of one sequence, or of several."""
     pairs = lambda z: jnp.stack([z.real, z.imag], axis=-1)
-    batch, length, width = u.shape
-    rows, states = u.reshape(-1, width), len(Lambda_bar)
-    w_in = jnp.moveaxis(pairs(B_bar), 1, 0).reshape(width, 2 * states)
-    w_out = jnp.moveaxis(pairs(C.conj()), 0, 2).reshape(2 * states, width)
-    x = diagonal_scan_pairs(pairs(Lambda_bar), (rows @ w_in).reshape(batch, length, states, 2))
-    return (x.reshape(-1, 2 * states) @ w_out + D * rows).reshape(u.shape)
+    rows = u.reshape(-1, len(D))
+    w_in, w_out = pairs(B_bar).swapaxes(0, 1).reshape(len(D), -1), pairs(C.conj()).reshape(len(D), -1).T
+    x = diagonal_scan_pairs(pairs(Lambda_bar), (rows @ w_in).reshape(*u.shape[:-1], -1, 2))
+    return (x.reshape(len(rows), -1) @ w_out + D * rows).reshape(u.shape)
 
 
 def fused(u, Lambda_bar, B_bar, C, D):
     return ssm(u, Lambda_bar, B_bar, C, D)[0]
 
 
-PROGRAMS = {"as written": as_written, "real GEMM + scan": real_products, "fused": fused}
+PROGRAMS = {"as written": _as_written.recurrences, "real GEMM + scan": real_products, "fused": fused}
 
 
 def sequential(u, Lambda_bar, B_bar, C, D):
@@ -178,6 +167,7 @@ def draw_bars(rows, file):
 
 
 def main(settings: Settings):
+    check_settings(settings)
     if settings.child:
         print(json.dumps(measure_speed(settings)))
         return
@@ -193,8 +183,7 @@ def main(settings: Settings):
     result["errors"] = [measure_error(*case) for case in cases]
     report_errors(result["errors"])
     if settings.json:
-        with open(settings.json, "w") as file:
-            json.dump(result, file, indent=1)
+        settings.json.write_text(json.dumps(result, indent=1))
     if settings.plot:
         draw_bars(result["default"], settings.plot)
 

@@ -14,12 +14,13 @@ import math
 import statistics
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _timing import TUNED, in_a_process_of_its_own, interleaved_medians, where
+from _timing import TUNED, check_settings, in_a_process_of_its_own, interleaved_medians, where
 
 from s5eqx.ops import diagonal_scan
 
@@ -30,7 +31,7 @@ SHAPES = ((1, 131072, 16), (16, 1024, 64), (16, 4000, 64), (4, 22, 16), (1, 1048
 class Settings:
     repeats: int = 9
     """Rounds a median is taken over."""
-    json: str | None = None
+    json: Path | None = None
     """File to write all numbers to."""
     child: bool = False
     """Measure in this process and print JSON; the script calls itself so."""
@@ -111,6 +112,7 @@ def report(rows):
 
 
 def main(settings: Settings):
+    check_settings(settings)
     if settings.child:
         print(json.dumps(measure_speed(settings.repeats)))
         return
@@ -125,8 +127,7 @@ def main(settings: Settings):
     print("relative error at L=131072, |a|=0.99999, against float64: ", end="")
     print(", ".join(f"{name} {error:.1e}" for name, error in result["error"].items()))
     if settings.json:
-        with open(settings.json, "w") as file:
-            json.dump(result, file, indent=1)
+        settings.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

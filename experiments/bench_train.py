@@ -13,8 +13,9 @@ All programs have the same weights, data and optimiser, and run the same number 
 
 Reports, interleaved in one run: time, temporaries (XLA's memory analysis) and seconds to compile of a step at batch 4
 on the recall task and at batch 1 on long sequences; the largest relative difference of the losses from `as written`,
-which must stay below 1e-3; and tokens a second in generation. About ten minutes on two cores. `--json FILE` keeps
-the numbers, `--plot FILE.png` draws the steps at batch 1, `--tuned` sets the allocator as in `_timing.TUNED`.
+which must stay below 1e-3; at batch 1 what each part of `s5eqx` takes by itself, forward and backward; and tokens a
+second in generation. About ten minutes on two cores. `--json FILE` keeps the numbers, `--plot FILE.png` draws the steps
+at batch 1, `--tuned` sets the allocator as in `_timing.TUNED`.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import _as_written
@@ -32,15 +34,16 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from _timing import TUNED, in_a_process_of_its_own, interleaved_medians, where
+from _timing import TUNED, check_settings, in_a_process_of_its_own, interleaved_medians, where
+from bench_layer import real_products
 
-from s5eqx import ops
 from s5eqx.data import AssocRecall
 from s5eqx.models import LanguageModel
-from s5eqx.nn import S5, AbstractCausalMixer, HalfGLU2, ShortConv, hyena_s5
+from s5eqx.nn import S5, AbstractCausalMixer, HalfGLU2, ShortConv, hyena_s5, layer_norm, linear
 from s5eqx.train import DefaultGroups, Trainer, WarmupCosine, next_token
 
 LR, WEIGHT_DECAY, SCHEDULE = 1e-3, 0.1, WarmupCosine(100_000, 1000)
+POLICY = DefaultGroups(LR, SCHEDULE, weight_decay=WEIGHT_DECAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +58,9 @@ class Settings:
     """Tokens generated in one measurement."""
     tuned: bool = False
     """Run with the allocator settings of `_timing.TUNED`."""
-    json: str | None = None
+    json: Path | None = None
     """File to write all numbers to."""
-    plot: str | None = None
+    plot: Path | None = None
     """File to draw the steps at batch 1 in."""
     child: bool = False
     """Measure in this process and print JSON; the script calls itself so."""
@@ -85,9 +88,9 @@ class Twin(AbstractCausalMixer):
         return self.layer.step(state, x_t, reset=reset, key=key)
 
 
-def s5_as_written(layer, u):
-    Lambda_bar, B_bar, C = layer.discretised()
-    return layer.activation(_as_written.apply_ssm(u, Lambda_bar, B_bar, C / 2, layer.D))
+def s5_by(recurrence):
+    """S5 whose `u -> y` is `recurrence(u, Lambda_bar, B_bar, C, D)`."""
+    return lambda layer, u: layer.activation(recurrence(u, *layer.discretised(), layer.D))
 
 
 def convolution_as_written(layer, x):
@@ -100,14 +103,6 @@ def convolution_as_written(layer, x):
         feature_group_count=width,
     )
     return y[0].T + layer.bias
-
-
-def s5_unfused(layer, u):
-    Lambda_bar, B_bar, C = layer.discretised()
-    pairs = lambda z: jnp.stack([z.real, z.imag], axis=-1)
-    w_in, w_out = pairs(B_bar).swapaxes(0, 1).reshape(len(C), -1), pairs(C.conj()).reshape(len(C), -1).T
-    x = ops.diagonal_scan_pairs(pairs(Lambda_bar), (u @ w_in).reshape(len(u), -1, 2))
-    return layer.activation(x.reshape(len(u), -1) @ w_out + layer.D * u)
 
 
 def replaced(model, parts):
@@ -125,8 +120,8 @@ def build(vocab_size, parts, key):
 
 
 MODELS = {
-    "layers as written": ({S5: s5_as_written, ShortConv: convolution_as_written}, None),
-    "GEMM + scan": ({S5: s5_unfused}, None),
+    "layers as written": ({S5: s5_by(_as_written.recurrence), ShortConv: convolution_as_written}, None),
+    "GEMM + scan": ({S5: s5_by(real_products)}, None),
     "s5eqx": ({}, None),
 }
 
@@ -149,9 +144,8 @@ def training(length, vocab_size, batch_size, steps, chunk, repeats):
         np.testing.assert_allclose(losses[name], losses["as written"], rtol=1e-3)
 
     def trainer(parts, chunk):
-        loss, policy = partial(next_token, chunk=chunk), DefaultGroups(LR, SCHEDULE, weight_decay=WEIGHT_DECAY)
         sizes = {"batch_size": batch_size, "steps_per_dispatch": steps}
-        return Trainer(partial(build, vocab_size, parts), task, policy, loss=loss, **sizes)
+        return Trainer(partial(build, vocab_size, parts), task, POLICY, loss=partial(next_token, chunk=chunk), **sizes)
 
     ours = trainer({}, None)
     weights = _as_written.weights(ours.unflatten(ours.init()).model)
@@ -163,7 +157,76 @@ def training(length, vocab_size, batch_size, steps, chunk, repeats):
         ours = trainer(*options)
         add(name, lambda leaves, ours=ours: ours.run(leaves), ours.init(), lambda metrics: metrics["loss"])
     row["seconds"] = {name: s / steps for name, s in interleaved_medians(programs, repeats).items()}
+    if batch_size == 1:
+        row["parts"] = profile(task, programs["s5eqx"], repeats)
     return row
+
+
+def jitted(function, *inputs):
+    """`function` on these inputs, as a program. Their arrays alone pass, since a call takes time for each module."""
+    arrays, rest = eqx.partition(inputs, eqx.is_array)
+    leaves, tree = jax.tree.flatten(arrays)
+
+    def run(leaves):
+        result = function(*eqx.combine(jax.tree.unflatten(tree, leaves), rest))
+        return jax.tree.leaves(eqx.filter(result, eqx.is_array))
+
+    return partial(jax.jit(run), leaves)
+
+
+def forward_and_backward(function, *inputs):
+    """The results, and the gradients of all inputs, with a cotangent that XLA does not know."""
+
+    def run(g, *inputs):
+        results, pull = eqx.filter_vjp(function, *inputs)
+        return results, pull(g)
+
+    g = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), eqx.filter_eval_shape(function, *inputs))
+    return jitted(run, g, *inputs)
+
+
+def profile(task, step, repeats):
+    """How many of each part the step of `s5eqx` has, and the seconds of one; the step itself is the first."""
+    model, batch = build(task.vocab_size, {}, jr.key(0)), task.train_batch(jnp.int32(0), 1)
+    blocks = model.backbone.blocks
+    block, ends = blocks[0], eqx.tree_at(lambda model: model.backbone, model, None)
+    mixer, (s5,) = block.mixer, block.mixer.bank.operators()
+    core = eqx.tree_at(lambda s5: s5.activation, s5, eqx.nn.Identity())
+    x = model.embed(batch.inputs[0])
+    z = linear(mixer.in_proj, x)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    optimiser = POLICY.optimiser(model)
+
+    def projections(in_proj, out_proj, x, y):
+        return linear(in_proj, x), linear(out_proj, y)
+
+    def gates(z, y):
+        x_0, x_1, v = jnp.split(z, 3, axis=-1)
+        return x_1 * v, x_0 * y
+
+    def loss(ends, batch):
+        return next_token(lambda tokens, key: ends.unembed(ends.embed(tokens)), batch)
+
+    def update(grads, state, params):
+        updates, state = optimiser.update(grads, state, params)
+        return eqx.apply_updates(params, updates), state
+
+    layer, n = lambda layer, x: layer(x), len(blocks)
+    programs = {
+        "step": (1, step),
+        "norms": (2 * n + 1, forward_and_backward(layer_norm, block.norm1, x)),
+        "projections in and out": (n, forward_and_backward(projections, mixer.in_proj, mixer.out_proj, x, x)),
+        "short convolutions": (n, forward_and_backward(layer, mixer.short_conv, z)),
+        "S5 without activation": (n, forward_and_backward(layer, core, x)),
+        "activations of S5": (n, forward_and_backward(layer, s5.activation, x)),
+        "gates before and after": (n, forward_and_backward(gates, z, x)),
+        "MLPs": (n, forward_and_backward(layer, block.mlp, x)),
+        "embedding, head, loss": (1, forward_and_backward(loss, ends, batch)),
+        "optimiser": (1, jitted(update, params, optimiser.init(params), params)),
+        "data": (1, jitted(task.train_batch, jnp.int32(0), 1)),
+    }
+    seconds = interleaved_medians({name: run for name, (_, run) in programs.items()}, repeats)
+    return {name: {"number": number, "seconds": seconds[name]} for name, (number, _) in programs.items()}
 
 
 def generation(tokens, repeats):
@@ -198,6 +261,16 @@ def measure(settings):
     return {"training": rows, "tokens_per_second": rate}
 
 
+def report_parts(parts):
+    seconds = {f"{part['number']} {name}": part["number"] * part["seconds"] for name, part in parts.items()}
+    step, *others = seconds.values()
+    # May be negative: by itself a part writes all its results, while in the step XLA fuses it with its neighbours.
+    seconds["the rest"] = step - sum(others)
+    print("\ns5eqx and its parts, each by itself")
+    for name, s in seconds.items():
+        print(f"{name:<26}{1e3 * s:>9.2f} ms{s / step:>7.0%}")
+
+
 def report(result):
     for row in result["training"]:
         print(f"\nbatch {row['batch']}, L={row['length']:,}")
@@ -209,6 +282,8 @@ def report(result):
                 f"{name:<20}{1e3 * seconds:>9.2f} ms{time_there / seconds:>7.1f}x{temporaries / 2**20:>12.1f} MiB"
                 f"{temporaries / bytes_there:>7.2f}{row['compile'][name]:>8.1f} s{row['loss_error'][name]:>12.0e}"
             )
+        if "parts" in row:
+            report_parts(row["parts"])
     rate = result["tokens_per_second"]
     print(f"\ngeneration: {rate['from Python']:,.0f} tokens/s from Python, {rate['lax.scan']:,.0f} inside lax.scan")
 
@@ -235,6 +310,7 @@ def draw(result, file):
 
 
 def main(settings: Settings):
+    check_settings(settings, lengths=4)  # of fewer tokens there are too few sequences for a test set
     if settings.child:
         print(json.dumps(measure(settings)))
         return
@@ -243,8 +319,7 @@ def main(settings: Settings):
     result = in_a_process_of_its_own(sys.argv[0], arguments, tuned=settings.tuned)
     report(result)
     if settings.json:
-        with open(settings.json, "w") as file:
-            json.dump({"where": where(), **result}, file, indent=1)
+        settings.json.write_text(json.dumps({"where": where(), **result}, indent=1))
     if settings.plot:
         draw(result, settings.plot)
 

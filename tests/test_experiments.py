@@ -1,5 +1,6 @@
 """The experiments and the README's example, started as the README starts them, in tiny sizes."""
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments/assoc_recall.py"
@@ -82,6 +84,31 @@ def test_assoc_recall_refuses(words, complaint, tmp_path):
     assert code != 0 and complaint in errors and "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    "script, words, complaint",
+    [
+        ("bench_scan", "--repeats 0", "repeats must be at least 1, got 0"),
+        ("bench_scan", "--json nowhere/out.json", "json must be a file in a folder that exists, got nowhere/out.json"),
+        ("bench_layer", "--shapes 2 0 8 4", r"shapes must be at least 1, got \(\(2, 0, 8, 4\),\)"),
+        ("bench_layer", "--long 0", "long must be at least 1"),
+        ("bench_layer", "--shapes", "shapes must have at least one entry"),
+        ("bench_layer", "--plot .", "plot must be a file"),
+        ("bench_train", "--lengths 64 3", r"lengths must be at least 4, got \(64, 3\)"),
+        ("bench_train", "--tokens 0", "tokens must be at least 1"),
+        ("bench_train", "--chunk 0", "chunk must be at least 1"),
+        ("bench_train", "--plot nowhere/out.png", "plot must be a file in a folder that exists"),
+    ],
+)
+def test_benchmarks_refuse(script, words, complaint, tmp_path, monkeypatch):
+    """At once, before a process is started that would find out later."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", None)
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit, match=complaint):
+        module.main(tyro.cli(module.Settings, args=words.split()))
+
+
 @pytest.mark.slow
 def test_benchmarks_run(tmp_path):
     words = ("--lengths", 64, "--chunk", 16, "--repeats", 1, "--tokens", 10, "--json", "out.json", "--plot", "out.png")
@@ -91,16 +118,18 @@ def test_benchmarks_run(tmp_path):
     short, long = json.loads((tmp_path / "out.json").read_text())["training"]
     assert long["seconds"].keys() == {*short["seconds"], "in pieces"}
     assert all(error < 1e-3 for row in (short, long) for error in row["loss_error"].values())
+    assert all(part["seconds"] > 0 for part in long["parts"].values()) and "the rest" in output
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_the_layer_is_measured(tmp_path):
-    words = ("--shapes", 2, 200, 8, 4, "--long", 2000, "--repeats", 1, "--json", "out.json")
+    words = ("--shapes", 2, 200, 8, 4, "--long", 2000, "--repeats", 1, "--json", "out.json", "--plot", "out.png")
     code, output, errors = run(ROOT / "experiments/bench_layer.py", *words, folder=tmp_path)
     assert code == 0, errors
     assert output.count("forward + backward") == 2 and "relative error" in output
     assert json.loads((tmp_path / "out.json").read_text()).keys() >= {"tuned", "default"}
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -57,6 +57,19 @@ def test_bench(tmp_path):
 
 @native
 @pytest.mark.slow
+def test_bench_of_the_state_space_step(tmp_path):
+    options = ["--platform", "cpu", "--tiny", "--rounds", "1"]
+    done = run(sys.executable, GPU / "bench_ssm.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines)
+    assert [row[0] for row in rows] == [f"{name}, float32" for name in ("as written", "products + scan", "fused")]
+    assert head.count("times fused") == 2 and rows[-1][2] == rows[-1][4] == "1.00"
+    assert all(0 < float(error) < 1e-5 for row in rows for error in row[-2:])
+
+
+@native
+@pytest.mark.slow
 def test_same_bits(tmp_path):
     options = ["--platform", "cpu", "--tiny", "--repeats", "2"]
     done = run(sys.executable, GPU / "same_bits.py", *options, folder=tmp_path)

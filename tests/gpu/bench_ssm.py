@@ -2,9 +2,9 @@
 
     python tests/gpu/bench_ssm.py [--tiny --platform cpu]
 
-Medians of the forward pass and of y with all gradients, and the error of y and of the gradients against the plain step
-in double precision on a short problem. Products in float32 and in TF32, which XLA takes where precision is not asked
-for; the fused kernel's own ways on tensor cores are timed as FFI calls. Prints markdown.
+Medians of the forward pass and of y with all gradients, and the errors of y and of the worst gradient against the plain
+step in double precision on a short problem. Products in float32 and in TF32, which XLA takes where precision is not
+asked for; the fused kernel's own ways on tensor cores are timed as FFI calls. Prints markdown.
 """
 
 import argparse
@@ -82,7 +82,10 @@ def call(inputs, g, projection):
     if g is None:
         return y
     also = (states, g, jnp.zeros_like(last))
-    return y, target("s5eqx_ssm_backward", *operands, *also, results=operands[:6])[:-1]
+    du, da, dw_in, dw_out, dD, *_ = target("s5eqx_ssm_backward", *operands, *also, results=operands[:6])
+    # Gradients of pairs are JAX's of complex numbers, conjugated; w_out holds the conjugate of C.
+    dB, dC = (jax.lax.complex(w[..., 0::2], w[..., 1::2]) for w in (dw_in, dw_out.T))
+    return y, (du, jax.lax.complex(da[:, 0], -da[:, 1]), dB.T.conj(), dC, dD)
 
 
 def both(layer, inputs, g):
@@ -110,8 +113,9 @@ def main():
     options = parser.parse_args()
     device = jax.devices(options.platform)[0]
     print("\n".join(f"- {name}: {value}" for name, value in where(device).items()), "\n")
-    print("| (B, L, D, P) | program | forward µs | both µs | times fused | temp. MB | error of y |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ["(B, L, D, P)", "program", "forward µs", "times fused", "both µs", "times fused", "temp. MB"]
+    for cells in [*columns, "error of y", "of gradients"], ["---"] * (len(columns) + 2):
+        print("| " + " | ".join(cells) + " |")
     with jax.default_device(device):
         for shape in TINY if options.tiny else SHAPES:
             report(shape, list(programs(options.platform == "cuda")), options.rounds)
@@ -120,7 +124,8 @@ def main():
 def report(shape, candidates, rounds):
     inputs, g = draw(shape)
     short = (inputs[0][:1, :2000], *inputs[1:])
-    exact = exact_y(short)
+    short_g = g[:1, :2000]
+    exact_y, exact_gradients = exact(short, short_g)
     rows = {}
     for name, precision, forward, everything in candidates:
         with jax.default_matmul_precision(precision):
@@ -128,26 +133,35 @@ def report(shape, candidates, rounds):
                 one, _ = compiled(forward, inputs, g)
                 two, _ = compiled(everything, inputs, g)
                 seconds = [median_seconds(functools.partial(f, inputs, g), rounds)[0] for f in (one, two)]
-                error = distance(np.asarray(jax.jit(forward)(short, None)), exact)
+                y, gradients = jax.device_get(jax.jit(everything)(short, short_g))
+                errors = distance(y, exact_y), max(map(distance, gradients, exact_gradients))
                 memory = two.memory_analysis()
-                rows[name] = (*seconds, memory.temp_size_in_bytes if memory else 0, error)
+                rows[name] = (*seconds, memory.temp_size_in_bytes if memory else 0, *errors)
             except jax.errors.JaxRuntimeError as failure:  # out of memory, most likely
-                print(f"| {shape} | {name} | not run: {str(failure).splitlines()[0][:90]} | | | | |", flush=True)
-    ours = rows.get("fused, float32")
-    for name, (forward, everything, temporary, error) in rows.items():
-        gain = f"{everything / ours[1]:.2f}" if ours else "–"
-        cells = [shape, name, microseconds(forward), microseconds(everything), gain, f"{temporary / 1e6:,.0f}"]
-        print("| " + " | ".join(map(str, cells)) + f" | {error:.1e} |", flush=True)
+                print(f"| {shape} | {name} | not run: {str(failure).splitlines()[0][:90]}" + " |" * 7, flush=True)
+    ours = rows.get("fused, float32", (None, None))
+    for name, (*seconds, temporary, y_error, error) in rows.items():
+        cells = [str(shape), name]
+        for s, of_ours in zip(seconds, ours[:2], strict=True):
+            cells += [microseconds(s), f"{s / of_ours:.2f}" if of_ours else "–"]
+        cells += [f"{temporary / 1e6:,.0f}", f"{y_error:.1e}", f"{error:.1e}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def exact_y(inputs):
-    """In double precision, one step after the other."""
-    u, a, B, C, D = (np.asarray(z, np.complex128 if np.iscomplexobj(z) else np.float64) for z in inputs)
-    drive, x, y = u @ B.T, np.zeros((len(u), len(a)), np.complex128), np.empty_like(u)
-    for t in range(u.shape[1]):
-        x = a * x + drive[:, t]
-        y[:, t] = (x @ C.T).real + D * u[:, t]
-    return y
+def exact(inputs, g):
+    """y and the gradients, in double precision and one step after the other."""
+    u, a, B, C, D, g = (np.asarray(z, np.complex128 if np.iscomplexobj(z) else np.float64) for z in (*inputs, g))
+
+    def scan(drive):
+        x = np.zeros_like(drive)
+        for t in range(drive.shape[1]):
+            x[:, t] = a * x[:, t - 1] + drive[:, t]  # the one before the first is the last, still zero
+        return x
+
+    x, gx = scan(u @ B.T), scan((g @ C)[:, ::-1])[:, ::-1]
+    along = lambda z, w: np.einsum("btj,btk->jk", z, w)
+    gradients = (gx @ B).real + D * g, np.sum(gx[:, 1:] * x[:, :-1], (0, 1)), along(gx, u), along(g, x)
+    return (x @ C.T).real + D * u, (*gradients, np.sum(g * u, (0, 1)))
 
 
 if __name__ == "__main__":

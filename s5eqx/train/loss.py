@@ -66,10 +66,10 @@ def next_token(
 
     **Arguments:** `chunk`, the steps of a piece, for models with `init_state` and `prefill`. Sequences then pass in
     equal pieces of at most `chunk` steps, each from the state that the last one left, and a gradient computes a piece
-    again from there. Score and gradient stay exact, with dropout drawn for each piece. What is kept is a state a piece:
-    for S5 next to nothing, for attention a whole cache. On CPU, where a piece of some thousand steps stays in the
-    cache, it is also the faster way; a GPU is kept busier by the whole. Where fewer than twice as many pieces do not
-    divide the length, the last is filled up, by fewer steps than there are pieces: a `max_length` must leave room.
+    again from there, which takes a third more work. Score and gradient stay exact, with dropout drawn for each piece.
+    What is kept is a state a piece: for S5 next to nothing, for attention a whole cache. Where fewer than twice as many
+    pieces do not divide the length, the last is filled up, by fewer steps than there are pieces: a `max_length` must
+    leave room.
     """
     if chunk is None:
         keys = _keys(key, len(batch.inputs))

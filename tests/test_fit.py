@@ -133,13 +133,20 @@ def test_a_signal_saves_and_the_run_goes_on(trainer, tmp_path, number):
     assert [r["step"] for r in resumed.history] == [5, 10]
 
 
-def test_a_second_signal_acts_at_once():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Also in a process that a shell started in the background, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_at_once(ctrl_c_interrupts):
     with pytest.raises(KeyboardInterrupt), interruption() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked
         signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Checkpoints.

@@ -18,12 +18,15 @@
 
 namespace s5eqx {
 
-// Bytes of a result that no cache keeps for whoever reads it next: better written straight to memory, since a store
-// into the cache reads the line first.
+// Whether a result is so large that no cache keeps it for whoever reads it next: better written straight to memory,
+// since a store into the cache reads the line first.
 #if !defined(S5EQX_PAST_CACHE)  // the tests ask for less
 #define S5EQX_PAST_CACHE (24 << 20)
 #endif
-constexpr int64_t kPastCache = S5EQX_PAST_CACHE;
+template <typename T>
+bool is_past_cache(int64_t scalars) {
+  return scalars * static_cast<int64_t>(sizeof(T)) > S5EQX_PAST_CACHE;
+}
 
 // out = m * s + r, elementwise. Where s = 0 it is r, also if m, the power of a growing multiplier, is infinite.
 inline void multiply_add(const double* m, const double* s, const double* r, double* out, int64_t width,

@@ -82,7 +82,7 @@ void scan_forward(const ScanShape& s, const ForwardArrays<T>& k, const Parallel&
         if (!k.x && !ends && plan.by_block()) return;  // the fold has handed on all there is to know
         ForwardSweep<T> f = block_sweep(row, block);
         f.x = offset(k.x, f.b - k.b);
-        f.streams = s.batch * s.length * s.width * static_cast<int64_t>(sizeof(T)) > kPastCache;
+        f.streams = is_past_cache<T>(s.batch * s.length * s.width);
         f.in = in;
         f.out = out;
         sweep(f, s.is_complex);

@@ -186,7 +186,7 @@ void ssm_forward(const SsmShape& s, const SsmInputs<T>& in, const SsmOutputs<T>&
   const int64_t pairs = 2 * s.states, row = padded<T>(pairs);
   const Layer<T> layer(s, in, row + 2 * s.width, /*is_backward=*/false);
   const Panels<T> w_in(in.w_in, s.width, pairs, pairs, 1), w_out(in.w_out, pairs, s.width, s.width, 1);
-  const bool streams = s.batch * s.length * s.width * static_cast<int64_t>(sizeof(T)) > kPastCache;
+  const bool streams = is_past_cache<T>(s.batch * s.length * s.width);
   const Scratch<T> scratch(layer.plan.workers(parallel, layer.plan.tasks()), layer.steps * row);
 
   layer.plan.run(
@@ -233,7 +233,7 @@ void ssm_backward(const SsmShape& s, const SsmInputs<T>& in, const SsmCotangents
   const Plan& plan = layer.plan;
   const Panels<T> w_in(in.w_in, s.width, pairs, pairs, 1), w_in_t(in.w_in, pairs, s.width, 1, pairs);
   const Panels<T> w_out_t(in.w_out, s.width, pairs, 1, s.width);
-  const bool streams = s.batch * s.length * s.width * static_cast<int64_t>(sizeof(T)) > kPastCache;
+  const bool streams = is_past_cache<T>(s.batch * s.length * s.width);
   // lambda, then x with the state that enters the block in front
   const int64_t states = layer.steps * row;
   const int64_t workers = plan.workers(parallel, plan.tasks());

@@ -18,6 +18,13 @@ def run(*command, folder, **environment):
     return subprocess.run([*map(str, command)], cwd=folder, env=clean, capture_output=True, text=True, timeout=240)
 
 
+def output_of(script, *words, folder):
+    """The lines that a script prints when all is well."""
+    done = run(sys.executable, GPU / script, *words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_the_check_refuses_what_it_cannot_do(tmp_path):
     """Which part is not said; no GPU; a part before the build."""
     smi = tmp_path / "nvidia-smi"
@@ -41,9 +48,7 @@ def test_the_check_refuses_what_it_cannot_do(tmp_path):
 def test_bench(tmp_path):
     """Every program's numbers, in the table, in the file and in the last line."""
     options = ["--platform", "cpu", "--tiny", "--rounds", "1", "--sets", "2", "--json", "numbers.json"]
-    done = run(sys.executable, GPU / "bench.py", *options, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = output_of("bench.py", *options, folder=tmp_path)
     assert lines[0].startswith("- date: ") and any(line.startswith("- command: python ") for line in lines)
     assert "x associative_scan" in lines[-1]
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
@@ -59,9 +64,7 @@ def test_bench(tmp_path):
 @pytest.mark.slow
 def test_bench_of_the_state_space_step(tmp_path):
     options = ["--platform", "cpu", "--tiny", "--rounds", "1"]
-    done = run(sys.executable, GPU / "bench_ssm.py", *options, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    lines = [line for line in output_of("bench_ssm.py", *options, folder=tmp_path) if line.startswith("| ")]
     head, _, *rows = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines)
     assert [row[0] for row in rows] == [f"{name}, float32" for name in ("as written", "products + scan", "fused")]
     assert head.count("times fused") == 2 and rows[-1][2] == rows[-1][4] == "1.00"
@@ -72,14 +75,14 @@ def test_bench_of_the_state_space_step(tmp_path):
 @pytest.mark.slow
 def test_same_bits(tmp_path):
     options = ["--platform", "cpu", "--tiny", "--repeats", "2"]
-    done = run(sys.executable, GPU / "same_bits.py", *options, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "2 repeats of 8 programs beside another process: 0 differ"
+    assert (
+        output_of("same_bits.py", *options, folder=tmp_path)[-1]
+        == "2 repeats of 8 programs beside another process: 0 differ"
+    )
 
 
 @native
 @pytest.mark.slow
 def test_what_the_sanitizer_watches(tmp_path):
-    done = run(sys.executable, GPU / "sanitize.py", "complex64", "pairs32", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "2 element types, each forward, backward and final state: right"
+    lines = output_of("sanitize.py", "complex64", "pairs32", folder=tmp_path)
+    assert lines[-1] == "2 element types, each forward, backward and final state: right"

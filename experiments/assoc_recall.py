@@ -9,8 +9,8 @@
 Expected of 20-10: at least 99 % on 4,000 unseen sequences. It trains on endless fresh data, which is
 easier than the published fixed set of 4,000. Published for 131k-30: 97.2 % (ten seeds, S5 branch).
 
-Everything goes to the run's folder: TensorBoard curves, checkpoints, `curve.png`, `result.json`. The last
-line of standard output is the result.
+Everything goes to the run's folder: TensorBoard curves, checkpoints, `curve.png`, `result.json`, and the
+trained model, `model.safetensors`, which `generate.py` asks. The last line of standard output is the result.
 """
 
 import time
@@ -31,6 +31,7 @@ import tyro
 
 from s5eqx import nn
 from s5eqx.data import AssocRecall
+from s5eqx.interop import save
 from s5eqx.models import DefaultInit, LanguageModel, S5Init
 from s5eqx.train import (
     DefaultGroups,
@@ -255,6 +256,7 @@ def main(preset: str, s: Settings, place: Place):
         "versions": run.versions,
         "settings": run.settings,
     }
+    save(run.folder / "model.safetensors", result.state.model)
     (run.folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary))
 

@@ -1,6 +1,7 @@
 """The experiments and the README's example, started as the README starts them, in tiny sizes."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -11,8 +12,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
 import pytest
 import tyro
+from helpers import quick_jit
+
+from s5eqx import nn
+from s5eqx.data import AssocRecall
+from s5eqx.generate import generate
+from s5eqx.interop import load, save
+from s5eqx.models import LanguageModel
+from s5eqx.samplers import Chain, Temperature, TopK
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments/assoc_recall.py"
@@ -47,6 +60,10 @@ def test_assoc_recall_learns_and_says_so(tmp_path):
     assert "expected" in output
     assert (tmp_path / "here/curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "here").glob("events.out.tfevents.*"))
+    batch = AssocRecall(6, 8, num_test=20).test(jnp.arange(20))
+    logits = quick_jit(jax.vmap(load(tmp_path / "here/model.safetensors").__call__))(batch.inputs)
+    right = np.argmax(logits[:, -1], axis=-1) == batch.targets[:, -1]
+    assert np.mean(right) == pytest.approx(result["test_accuracy"]), "the file holds the trained model"
 
     code, _, errors = run(SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
     assert code != 0 and "holds another run" in errors and "Traceback" not in errors
@@ -82,6 +99,94 @@ def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path):
 def test_assoc_recall_refuses(words, complaint, tmp_path):
     code, _, errors = run(SCRIPT, *words, folder=tmp_path)
     assert code != 0 and complaint in errors and "Traceback" not in errors
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """Calls `generate.py`, or another function in place of its `stream`; returns what it prints and its last line."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    script = importlib.import_module("generate")
+
+    def ask(*words, stream=script.stream):
+        monkeypatch.setattr(script, "stream", stream)
+        script.main(tyro.cli(script.Settings, args=[str(word) for word in words]))
+        output, errors = capsys.readouterr()
+        return output, json.loads(errors.splitlines()[-1])
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A model of bytes with random weights, and its file."""
+    mixer = lambda key: nn.ShortConv(8, 3, key=key)
+    model = LanguageModel(256, 8, mixer, num_layers=1, mlp_width=8, key=jr.key(1))
+    file = tmp_path_factory.mktemp("speaker") / "model.safetensors"
+    save(file, model)
+    return model, file
+
+
+def test_generate_writes_what_the_model_generates(speaker, asked, monkeypatch):
+    model, file = speaker
+    words = "--num-tokens", 40, "--temperature", 0.7, "--top-k", 50, "--seed", 3
+    prompt = np.array([*"Hé".encode()])
+    sampler = Chain(Temperature(0.7), TopK(50))
+    tokens, log_probs, _ = generate(model, prompt, 40, key=jr.key(3), sampler=sampler)
+
+    text, summary = asked(file, "Hé", *words)
+    assert text == bytes(tokens.tolist()).decode(errors="replace") + "\n"
+    assert summary["tokens"] == 40 and summary["tokens_per_second"] > 0
+    assert summary["log_prob"] == pytest.approx(np.mean(log_probs))
+    assert summary["settings"]["top_k"] == 50
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"72 195\n169 ")))
+    numbers, _ = asked(file, "-", "--ids", *words, "--every", 8)
+    assert numbers == " ".join(map(str, tokens)) + "\n"
+    numbers, _ = asked(file, "72 195 169", "--ids", *words, "--stop", tokens[5])
+    assert [int(n) for n in numbers.split()] == tokens[: list(tokens).index(tokens[5]) + 1].tolist()
+
+
+def test_generate_writes_whole_characters_until_ctrl_c(speaker, asked, monkeypatch):
+    written = []
+
+    def stream(*given, **options):
+        for token in [*"né".encode(), 258, *"日本".encode()[:-1]]:
+            written.append(sys.stdout.getvalue())
+            yield token, -0.5
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    _, summary = asked(speaker[1], "x", stream=stream)
+    assert written == ["", "n", "n", "né", "né<258>", "né<258>", "né<258>", "né<258>日", "né<258>日"]
+    assert sys.stdout.getvalue() == "né<258>日\ufffd\n"
+    assert summary["tokens"] == 9 and summary["log_prob"] == -0.5
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["nowhere.safetensors", "x"], "nowhere.safetensors is no file"),
+        (["{tmp}/layer", "x"], "must hold a language model, it holds a ShortConv"),
+        (["{tmp}/small", "x"], "has 4 tokens; use --ids"),
+        (["{tmp}/small", "1 4", "--ids"], r"must lie in \[0, 4\); got 4"),
+        (["{tmp}/small", "1", "--ids", "--stop", "9"], r"must lie in \[0, 4\); got 9"),
+        (["{tmp}/small", "1 a", "--ids"], "must be integers"),
+        (["{tmp}/small", " ", "--ids"], "at least one token, got none"),
+        (["{tmp}/small", "1", "--ids", "--greedy", "--top-k", "3"], "greedy draws nothing"),
+        (["{tmp}/small", "1", "--ids", "--top-p", "0"], "p must lie in"),
+    ],
+)
+def test_generate_refuses(words, complaint, asked, tmp_path):
+    mixer = lambda key: nn.ShortConv(8, 3, key=key)
+    save(tmp_path / "small", LanguageModel(4, 8, mixer, num_layers=1, mlp_width=8, key=jr.key(1)))
+    save(tmp_path / "layer", mixer(jr.key(1)))
+    with pytest.raises(ValueError, match=complaint):
+        asked(*[word.format(tmp=tmp_path) for word in words])
+
+
+def test_generate_complains_in_one_line(tmp_path):
+    code, output, errors = run(ROOT / "experiments/generate.py", "nowhere", "x", folder=tmp_path)
+    assert code != 0 and not output and errors == "error: load reads a file that `save` wrote; nowhere is no file.\n"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,18 @@ from jax.sharding import PartitionSpec as Split
 
 from s5eqx.data import Batch
 from s5eqx.models import LanguageModel
-from s5eqx.nn import MLP, S5, BidirectionalS5, Buffer, ImplicitFilter, ShortConv, Stack, cast
+from s5eqx.nn import (
+    MLP,
+    S5,
+    Attention,
+    BidirectionalS5,
+    Buffer,
+    ImplicitFilter,
+    Rotary,
+    ShortConv,
+    Stack,
+    cast,
+)
 from s5eqx.train import (
     DefaultGroups,
     PublishedCosine,
@@ -67,9 +78,14 @@ def test_a_warm_up_that_does_not_fit_is_refused(make):
 # Parameter groups.
 
 
+@functools.cache
+def built(build):
+    return eqx.filter_jit(build)(jr.key(0))
+
+
 @pytest.fixture(scope="module")
 def model():
-    return eqx.filter_jit(tiny.language_model)(jr.key(0))
+    return built(tiny.language_model)
 
 
 @pytest.mark.parametrize("policy", [DEFAULT, PUBLISHED])
@@ -249,10 +265,10 @@ def with_gradient(model, batch, **options):
     return given, gradient
 
 
-@pytest.mark.parametrize("size, length", [(1, 10), (2, 7)])
-def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, key):
-    """Ten steps in five pieces, or seven in two, the last of which is filled up."""
-    model = eqx.nn.inference_mode(eqx.filter_jit(tiny.language_model)(key))
+@pytest.mark.parametrize("size, length", [(1, 10), (2, 8)])
+def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, model):
+    """Ten steps in two pieces and a shorter one, or eight in two."""
+    model = eqx.nn.inference_mode(model)
     batch = jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
     whole, pieces = quick_jit(lambda model: [with_gradient(model, batch, chunk=chunk) for chunk in (None, 4)])(model)
     assert float(whole[0].weight) == length * size
@@ -260,8 +276,65 @@ def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, key):
         np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_pieces_on_two_devices(key):
-    model = eqx.nn.inference_mode(eqx.filter_jit(tiny.language_model)(key))
+def attention_model(key):
+    mixers = (Attention(8, 2, max_length=10, rotary=Rotary(4), short_conv=3, dropout=0.1, key=key),)
+    return LanguageModel(10, 8, mixers, mlp_width=8, max_length=10, dropout=0.1, key=key)
+
+
+@quick_jit
+def piece_by_hand(model, states, part, key, cotangents):
+    """The loss of one piece and the states after it; the gradients for the model and the states before it."""
+
+    def piece(model, states):
+        keys = key[None] if len(part.inputs) == 1 else jr.split(key, len(part.inputs))
+        prefill = lambda state, tokens, key: model.prefill(state, tokens, key=key)
+        states, logits = jax.vmap(prefill)(states, part.inputs, keys)
+        return score(logits, part.targets, part.weights).nll, states
+
+    (nll, states), back = eqx.filter_vjp(piece, model, states)
+    return nll, states, back((jnp.ones_like(nll), cotangents))
+
+
+def by_hand(model, batch, key, chunk):
+    """The loss in pieces, its gradient from the last to the first, and the sum of the gradients of single pieces."""
+    length = batch.inputs.shape[1]
+    parts = [jax.tree.map(lambda a, i=i: a[:, i : i + chunk], batch) for i in range(0, length, chunk)]
+    states = jax.tree.map(lambda a: np.stack([a] * len(batch.inputs)), model.init_state())
+    none = cotangents = jax.tree.map(np.zeros_like, eqx.filter(states, eqx.is_inexact_array_like))
+    total, calls, alone, linked = 0.0, [], [], []
+    for part, part_key in zip(parts, jr.split(key, len(parts)), strict=True):
+        calls.append((model, states, part, part_key))
+        nll, states, (gradient, _) = piece_by_hand(*calls[-1], none)
+        total += nll
+        alone.append(gradient)
+    for call in reversed(calls):
+        _, _, (gradient, cotangents) = piece_by_hand(*call, cotangents)
+        linked.append(gradient)
+    weight = np.sum(batch.weights)
+    mean = lambda *gradients: sum(map(np.asarray, gradients)) / weight
+    return total / weight, *(jax.tree.map(mean, *gradients) for gradients in (linked, alone))
+
+
+@pytest.mark.parametrize("build, size, length", [(tiny.language_model, 2, 8), (attention_model, 1, 10)])
+def test_pieces_are_those_of_a_loop(build, size, length, key):
+    """With dropout. Truncated, the gradient is the sum of those of the pieces alone, and another one."""
+    model, batch = built(build), jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
+    run = lambda model, key: [
+        with_gradient(model, batch, key=key, chunk=4, truncate=truncate) for truncate in (False, True)
+    ]
+    (exact, gradient), (same, truncated) = quick_jit(run)(model, key)
+    loss, *expected = by_hand(model, batch, key, chunk=4)
+    assert float(exact.loss) == pytest.approx(float(loss), rel=1e-6)
+    assert float(same.loss) == pytest.approx(float(loss), rel=1e-6)
+    for ours, theirs in zip((gradient, truncated), expected, strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    flat, cut = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(g)]) for g in (gradient, truncated))
+    assert np.linalg.norm(flat - cut) > 0.01 * np.linalg.norm(flat)
+
+
+def test_pieces_on_two_devices(model):
+    model = eqx.nn.inference_mode(model)
     batch = tiny.TASK.train(jnp.arange(4))
     mesh, (arrays, rest) = Mesh(jax.devices()[:2], "batch"), eqx.partition(model, eqx.is_array)
     nll = lambda arrays, batch: next_token(eqx.combine(arrays, rest), batch, chunk=5).nll
@@ -319,6 +392,8 @@ def test_a_piece_has_a_step():
         next_token(Coin(), tiny.TASK.train(jnp.arange(1)), chunk=0)
     with pytest.raises(TypeError, match="init_state and prefill; Bigram lacks one: leave it out"):
         next_token(tiny.bigram(jr.key(0)), tiny.TASK.train(jnp.arange(1)), chunk=2)
+    with pytest.raises(ValueError, match="truncate cuts the gradient between pieces and needs a chunk"):
+        next_token(Coin(), tiny.TASK.train(jnp.arange(1)), truncate=True)
 
 
 # The step.

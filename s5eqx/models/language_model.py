@@ -13,7 +13,7 @@ from s5eqx.models._parts import count_layers, rows, token_rows
 from s5eqx.models.backbone import Backbone
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.nn._check import check_rate
-from s5eqx.nn._composed import in_chunks, in_parallel, in_steps
+from s5eqx.nn._composed import AbstractComposed, in_chunks, in_parallel, in_steps
 from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 from s5eqx.nn._position import positions
 from s5eqx.nn._random import split
@@ -22,7 +22,7 @@ from s5eqx.nn.mlp import MLP
 from s5eqx.nn.stack import Stack
 
 
-class LanguageModel(AbstractCausalMixer):
+class LanguageModel(AbstractComposed):
     """Tokens in, logits of the next token out:
 
         logits = unembed(backbone(embed(tokens))),   unembed(h) = h E^T
@@ -116,7 +116,8 @@ class LanguageModel(AbstractCausalMixer):
     def unembed(self, h: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Logits, at least float32, of the tied embedding."""
         dtype = np.promote_types(h.dtype, np.float32)
-        return jnp.matmul(h, self.embedding.T, preferred_element_type=dtype)
+        factors = (self.embedding, h) if h.ndim == 1 else (h, self.embedding.T)
+        return jnp.matmul(*factors, preferred_element_type=dtype)
 
     @checked
     def __call__(
@@ -126,7 +127,7 @@ class LanguageModel(AbstractCausalMixer):
         reset: Bool[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "L V"]:
-        return self._forward(in_parallel(reset), self.init_state(), x, reset, key)[1]
+        return self.forward(in_parallel(reset), self.init_state(), x, key, reset=reset)[1]
 
     def init_state(self) -> PyTree[Array]:
         return self._start(), self.backbone.init_state()
@@ -140,7 +141,7 @@ class LanguageModel(AbstractCausalMixer):
         reset: Bool[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree[Array], Float[Array, "L V"]]:
-        return self._forward(in_chunks(reset), state, x, reset, key)
+        return self.forward(in_chunks(reset), state, x, key, reset=reset)
 
     @checked
     def step(
@@ -151,13 +152,13 @@ class LanguageModel(AbstractCausalMixer):
         reset: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[PyTree[Array], Float[Array, " V"]]:
-        return self._forward(in_steps(reset), state, x_t, reset, key)
+        return self.forward(in_steps(reset), state, x_t, key, reset=reset)
 
-    def _forward(self, run, state, tokens, reset, key):
+    def forward(self, run, state, x, key, *, reset=None):
         refuse_reset(self, reset)
         embed_key, backbone_key = split(key, 2)
         position, state = state
-        position, h = self._embed(position, tokens, reset, embed_key)
+        position, h = self._embed(position, x, reset, embed_key)
         state, h = run(self.backbone, state, h, backbone_key)
         return (position, state), self.unembed(h)
 

@@ -23,12 +23,16 @@ def in_steps(reset: Bool[Array, ""] | None) -> Run:
     return lambda mixer, state, x_t, key: mixer.step(state, x_t, reset=reset, key=key)
 
 
-class AbstractComposedMixer(AbstractCausalMixer):
-    """A causal mixer made of causal mixers. It writes its maths once, in `forward`, and gets the rest from it."""
+class AbstractComposed(AbstractCausalMixer):
+    """What is made of causal mixers, and writes its maths once, in `forward`."""
 
     @abc.abstractmethod
     def forward(self, run: Run, state: PyTree[Array], x: Any, key: PRNGKeyArray | None) -> tuple[PyTree[Array], Any]:
         """State and output, with `run(mixer, state, x, key) -> (state, y)` for each part; `x` is (L, D) or (D,)."""
+
+
+class AbstractComposedMixer(AbstractComposed):
+    """A causal mixer made of causal mixers, which gets its three calls from `forward`."""
 
     @checked
     def __call__(

@@ -1,5 +1,6 @@
 """A long causal convolution with an explicit kernel."""
 
+import abc
 from typing import ClassVar
 
 import equinox as eqx
@@ -12,7 +13,20 @@ from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 State = tuple[Int[Array, ""], Float[Array, "past D"]]
 
 
-class Convolution(AbstractCausalMixer):
+class AbstractConvolution(AbstractCausalMixer):
+    """A causal mixer that convolves, and whose state is that of `Convolution`. Output `i` hears input `i mod D`."""
+
+    @property
+    @abc.abstractmethod
+    def max_length(self) -> int:
+        """The longest sequence, in steps."""
+
+    @abc.abstractmethod
+    def taps(self) -> tuple[Float[Array, "K out"], Float[Array, " out"]]:
+        """The kernel of each output, and its skip, which acts beside tap 0."""
+
+
+class Convolution(AbstractConvolution):
     """`y[t] = sum_j kernel[j] u[t-j] + skip u[t]` for each channel, with zeros before the start.
 
     A sequence is at most as long as the kernel. The state is the number of inputs so far and the window of the last
@@ -26,6 +40,13 @@ class Convolution(AbstractCausalMixer):
 
     kernel: Float[Array, "K D"]
     skip: Float[Array, " D"]
+
+    @property
+    def max_length(self) -> int:
+        return self.kernel.shape[-2]
+
+    def taps(self) -> tuple[Float[Array, "K D"], Float[Array, " D"]]:
+        return self.kernel, self.skip
 
     @checked
     def __call__(

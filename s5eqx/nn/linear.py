@@ -15,5 +15,7 @@ def linear(
     `layer` only holds the weights. `jax.vmap(layer)(x)` computes the same; this form stays two-dimensional
     on CPU, where that is the faster one.
     """
-    y = jnp.matmul(x, layer.weight.T, precision=precision)
+    # In a loop over steps XLA would transpose the weights anew for every vector.
+    factors = (layer.weight, x) if x.ndim == 1 else (x, layer.weight.T)
+    y = jnp.matmul(*factors, precision=precision)
     return y if layer.bias is None else y + jnp.broadcast_to(layer.bias, y.shape)

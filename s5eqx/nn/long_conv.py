@@ -10,15 +10,15 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._check import check_rate
-from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
+from s5eqx.nn._mixer import refuse_reset
 from s5eqx.nn._random import split
 from s5eqx.nn._read_out import AbstractReadOut
 from s5eqx.nn.activations import GLU, Gelu
-from s5eqx.nn.convolution import Convolution, State
+from s5eqx.nn.convolution import AbstractConvolution, Convolution, State
 from s5eqx.nn.long_conv_init import AbstractKernelInit, AbstractSmooth, RandomKernel
 
 
-class SquashedConvolution(AbstractCausalMixer):
+class SquashedConvolution(AbstractConvolution):
     """`c` convolutions of each input channel, with squashed kernels:
 
         y[t, c] = sum_j kbar[c, j] u[t-j] + D[c] u[t]
@@ -87,6 +87,14 @@ class SquashedConvolution(AbstractCausalMixer):
         k = self.kernel if self.smooth is None else self.smooth(self.kernel)
         k = jnp.sign(k) * jax.nn.relu(jnp.abs(k) - self.lam)
         return jnp.swapaxes(self.dropout(k, key=key), 1, 2)
+
+    @property
+    def max_length(self) -> int:
+        return self.kernel.shape[-1]
+
+    def taps(self) -> tuple[Float[Array, "K cD"], Float[Array, " cD"]]:
+        kernels = jnp.moveaxis(self.processed(), 0, 1)
+        return kernels.reshape(len(kernels), self.D.size), self.D.reshape(-1)
 
     @checked
     def __call__(

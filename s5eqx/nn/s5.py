@@ -167,9 +167,11 @@ class S5(AbstractCausalMixer):
         Lambda_bar, gain = self._transition(intervals)
         u = x_t.astype(self.D.dtype)
         state = drop(state, reset)
-        state = Lambda_bar * state + gain * as_complex(jnp.tensordot(self.B, u, axes=(1, 0)))
+        # As products of a plain matrix and a vector, of which a loop over steps can keep the matrices.
+        B, C = self.B.swapaxes(1, 2).reshape(-1, len(u)), self.C.reshape(len(u), -1)
+        state = Lambda_bar * state + gain * as_complex((B @ u).reshape(-1, 2))
         parts = jnp.stack([jnp.real(state), -jnp.imag(state)], axis=-1)
-        y = self._factor * jnp.tensordot(self.C, parts, axes=2) + self.D * u
+        y = self._factor * (C @ parts.reshape(-1)) + self.D * u
         return state, self.activation(y.astype(x_t.dtype))
 
     @property

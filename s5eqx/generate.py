@@ -1,0 +1,312 @@
+"""Generation: the tokens that a model goes on with, each drawn from what the parallel pass would give at its place.
+
+A state-space model takes the same time for every token, attention what its cache takes. Long convolutions take
+O(log^2 L) a token: all of a model share the tiles of `s5eqx.ops.online_conv`, whose clock starts where the prompt ends.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+
+from s5eqx import ops
+from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
+from s5eqx.models import LanguageModel
+from s5eqx.models._pieces import each_row
+from s5eqx.nn import AbstractCausalMixer, Attention, materialise
+from s5eqx.nn._tiles import get_row, in_tiles, lay_tape, set_row
+from s5eqx.nn.convolution import AbstractConvolution
+from s5eqx.ops.online_conv import BLOCK
+from s5eqx.samplers import Greedy
+
+Sampler = Callable[[Float[Array, " V"], PRNGKeyArray, Int[Array, ""]], Int[Array, ""]]
+
+
+class Generation(NamedTuple):
+    """What `generate` returns, on the host. Without a batch there is no `B`.
+
+    - `tokens`: after a stop token, that token again.
+    - `log_probs`: of each token under the model itself, whatever the sampler, in nats; 0 after a stop token.
+    - `lengths`: how many tokens there are up to a stop token, this one included.
+    """
+
+    tokens: Int[np.ndarray, "*B T"]
+    log_probs: Float[np.ndarray, "*B T"]
+    lengths: Int[np.ndarray, "*B"]
+
+
+class Token(NamedTuple):
+    """What `stream` yields. The log-probability is that under the model itself, in nats."""
+
+    token: int
+    log_prob: float
+
+
+@checked
+def generate(
+    model: AbstractCausalMixer,
+    prompt: Int[Array, " L"] | Int[Array, "B L"] | Sequence[Int[Array, " _"]],
+    num_tokens: int,
+    *,
+    key: PRNGKeyArray,
+    sampler: Sampler = Greedy(),
+    stop: int | Sequence[int] | None = None,
+) -> Generation:
+    """`num_tokens` tokens that follow each prompt.
+
+    **Arguments:**
+
+    - `model`: a `LanguageModel`, or another causal mixer from tokens to logits. It runs in inference mode.
+    - `prompt`: one sequence, a batch, or a list of sequences that may differ in length.
+    - `num_tokens`: after each prompt; prompt and tokens together must not be longer than the model takes.
+    - `key`: row `b` draws token `t` with `fold_in(fold_in(key, b), t)`.
+    - `sampler`: `sampler(logits, key, t) -> token`, `t` counted from the end of the prompt; see `s5eqx.samplers`.
+    - `stop`: a token, or several, that end a row. When all rows have ended, the rest is not computed.
+
+    The common part of the prompts is read in pieces whose lengths are powers of two, in parallel; then each row goes on
+    with its own. A program is compiled for each of these lengths, one for the step, and with long convolutions one for
+    each power of two up to `num_tokens`. All are used again for any other prompt and `num_tokens`. The loop over them
+    runs on the host, so it cannot be inside `jax.jit` or `jax.vmap`.
+
+    **Raises:** `ValueError` for a prompt or settings that the model cannot take, `FloatingPointError` where logits are
+    NaN.
+
+    Source: for long convolutions Oncescu et al., "Flash Inference" (arXiv 2410.12982).
+    """
+    rows, stop = _rows(prompt), _stop(stop)
+    pieces = list(_run(model, rows, num_tokens, key, sampler, stop, every=BLOCK))
+    tokens, log_probs = (np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True))
+    starts = [len(row) - min(map(len, rows)) for row in rows]
+    missing = max(starts) + num_tokens - tokens.shape[1]  # all rows ended before
+    tokens, log_probs = (np.pad(a, ((0, 0), (0, missing)), m) for a, m in ((tokens, "edge"), (log_probs, "constant")))
+    tokens, log_probs = (
+        np.stack([row[start : start + num_tokens] for row, start in zip(a, starts, strict=True)])
+        for a in (tokens, log_probs)
+    )
+    ended = np.isin(tokens, stop)
+    lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, num_tokens)
+    out = Generation(tokens, log_probs, lengths)
+    return out if _is_batch(prompt) else Generation(*(a[0] for a in out))
+
+
+@checked
+def stream(
+    model: AbstractCausalMixer,
+    prompt: Int[Array, " L"],
+    num_tokens: int,
+    *,
+    key: PRNGKeyArray,
+    sampler: Sampler = Greedy(),
+    stop: int | Sequence[int] | None = None,
+    every: int = 1,
+) -> Iterator[Token]:
+    """The tokens of `generate` for one prompt, one by one as they come; the last one is the stop token, if one comes.
+
+    **Arguments:** those of `generate`, and `every`, how many tokens are computed at a time: more are faster, and each
+    waits for the others.
+    """
+    if every < 1:
+        raise ValueError(f"every is the number of tokens that are computed at a time, at least 1; got {every}.")
+    stop = _stop(stop)
+    return _one_by_one(_run(model, _rows(prompt), num_tokens, key, sampler, stop, every=every), stop)
+
+
+def _one_by_one(pieces, stop):
+    for tokens, log_probs in pieces:
+        for token, log_prob in zip(tokens[0].tolist(), log_probs[0].tolist(), strict=True):
+            yield Token(token, log_prob)
+            if token in stop:
+                return
+
+
+class _Carry(eqx.Module):
+    """What goes from step to step, for all rows: `t` counts tokens from the end of a row's prompt, `token` is the last
+    one drawn, `nan` the `t` at which logits were NaN, or -1."""
+
+    state: PyTree[Array]
+    slots: Float[Array, "B K C"]
+    t: Int[Array, " B"]
+    token: Int[Array, " B"]
+    ended: Bool[Array, " B"]
+    nan: Int[Array, " B"]
+
+
+def _run(model, rows, num_tokens, key, sampler, stop, every):
+    """Checks what is asked, at once. The iterator that it returns gives tokens and log-probabilities of all rows, those
+    in the longer prompts too, at each step from the end of the common prompt."""
+    model = materialise(eqx.nn.inference_mode(model))
+    _check(model, rows, num_tokens, stop)
+    return _dispatch(model, rows, num_tokens, key, sampler, stop, every)
+
+
+def _dispatch(model, rows, num_tokens, key, sampler, stop, every):
+    shortest, longest = min(map(len, rows)), max(map(len, rows))
+    steps = longest - shortest + num_tokens
+    state = _prefill(model, np.stack([row[: shortest - 1] for row in rows]))
+    # The last common token is the first one that is stepped, with what follows it in longer prompts.
+    given = np.zeros((len(rows), steps + BLOCK), np.int32)
+    for line, row in zip(given, rows, strict=True):
+        line[: len(row) - shortest + 1] = row[shortest - 1 :]
+    t = jnp.asarray([shortest - len(row) for row in rows], jnp.int32)
+    state, slots, kernel = _lay_tapes(model, t, state, size=max(BLOCK, 1 << (steps - 1).bit_length()))
+    carry = _Carry(state, _block(slots, 0), t, jnp.zeros_like(t), jnp.zeros(len(rows), bool), jnp.full_like(t, -1))
+    keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(len(rows), dtype=jnp.int32))
+    fixed = model, sampler, kernel[:, :BLOCK].T, keys, jnp.asarray(stop, jnp.int32)
+    spectra = {}
+    for done in range(0, steps, BLOCK):
+        if done and len(kernel):
+            size = done & -done
+            if size not in spectra:
+                spectra[size] = _spectrum(kernel, size)
+            slots, block = _end_block((spectra[size], np.int32(done)), slots, carry.slots)
+            carry = eqx.tree_at(lambda carry: carry.slots, carry, block)
+        for first in range(0, min(BLOCK, steps - done), every):
+            last = min(first + every, BLOCK, steps - done)
+            now = given[:, done : done + BLOCK], np.int32(first), np.int32(last), np.int32(num_tokens)
+            carry, tokens, log_probs = _advance((*fixed, *now), carry)
+            ended, nan, *out = jax.device_get((carry.ended, carry.nan, tokens, log_probs))
+            _check_numbers(nan)
+            yield [a[:, first:last] for a in out]
+            if ended.all():
+                return
+
+
+def _prefill(model, tokens):
+    """The states after the common prompt, in pieces of all the powers of two in its length, the largest first."""
+    state, start = _start(model, len(tokens)), 0
+    for exponent in reversed(range(tokens.shape[1].bit_length())):
+        if tokens.shape[1] >> exponent & 1:
+            state = _read((model, tokens[:, start : start + (1 << exponent)]), state)
+            start += 1 << exponent
+    return state
+
+
+@eqx.filter_jit
+def _start(model, size):
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape)), model.init_state())
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _read(model_and_tokens, state):
+    model, tokens = model_and_tokens
+    return each_row(lambda state, tokens: model.prefill(state, tokens)[0], state, tokens)
+
+
+@eqx.filter_jit
+def _lay_tapes(model, t, state, size):
+    """States for steps in tiles, and for all steps to come what the prompt adds to them, and the kernels."""
+    one = lambda t, state: lay_tape(model, state, jnp.zeros_like(t), size)
+    _, _, kernel = one(t[0], jax.tree.map(lambda a: a[0], state))
+    return *each_row(lambda t, state: one(t, state)[:2], t, state), kernel
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _advance(fixed, carry):
+    """The steps from `first` to `last` of a block. Tokens and log-probabilities stand where their steps do."""
+    model, sampler, kernel, keys, stop, given, first, last, num_tokens = fixed
+
+    def step(i, loop):
+        carry, tokens, log_probs = loop
+        fed = jnp.where(carry.t <= 0, given[:, i], carry.token)
+        state, row, logits = each_row(one, carry.state, carry.slots[:, i], fed)
+        slots = carry.slots
+        if kernel.size:
+            slots = ops.tile_in_block(slots.at[:, i].set(row), kernel, i)
+        drawn = each_row(draw, logits, keys, jnp.maximum(carry.t, 0))
+        token = jnp.where(carry.ended, carry.token, drawn)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        log_prob = jnp.where(carry.ended, 0, log_prob)
+        counts = (carry.t >= 0) & ~carry.ended
+        nan = counts & jnp.any(jnp.isnan(logits), axis=1)
+        ends = counts & (jnp.any(token[:, None] == stop[None], axis=1) | (carry.t + 1 >= num_tokens))
+        carry = _Carry(
+            state, slots, carry.t + 1, token, carry.ended | ends, jnp.where(nan & (carry.nan < 0), carry.t, carry.nan)
+        )
+        return carry, tokens.at[:, i].set(token), log_probs.at[:, i].set(log_prob.astype(log_probs.dtype))
+
+    def one(state, row, token):
+        state, logits = in_tiles(model, set_row(state, row), token, None)
+        return state, get_row(state), logits.astype(np.promote_types(logits.dtype, np.float32))
+
+    def draw(logits, key, t):
+        return sampler(logits, jr.fold_in(key, t), t).astype(jnp.int32)
+
+    tokens = jnp.zeros(given.shape, jnp.int32)
+    return lax.fori_loop(first, last, step, (carry, tokens, jnp.zeros(given.shape)))
+
+
+@eqx.filter_jit
+def _spectrum(kernel, size):
+    return ops.tile_spectrum(kernel, size)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _end_block(fixed, slots, block):
+    """The slots after `done` steps, of which `block` holds the last, and the next block."""
+    spectrum, done = fixed
+    slots = lax.dynamic_update_slice_in_dim(slots, block.swapaxes(1, 2), done - BLOCK, axis=2)
+    slots = ops.tile_of_blocks(slots, spectrum, done)
+    return slots, _block(slots, done)
+
+
+def _block(slots, done):
+    return lax.dynamic_slice_in_dim(slots, done, BLOCK, axis=2).swapaxes(1, 2)
+
+
+def _is_batch(prompt):
+    return (isinstance(prompt, list | tuple) and any(np.ndim(row) for row in prompt)) or np.ndim(prompt) > 1
+
+
+def _rows(prompt):
+    """The prompts as numpy arrays."""
+    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(prompt)):
+        raise ValueError("generate runs its loop on the host: call it outside jax.jit and jax.vmap.")
+    rows = [np.asarray(row) for row in (prompt if _is_batch(prompt) else [prompt])]
+    if not rows or any(row.ndim != 1 or not row.size for row in rows):
+        raise ValueError(
+            "Every prompt must be a sequence of at least one token; got shapes "
+            f"{[row.shape for row in rows]}. To start from nothing, give the token that starts a text."
+        )
+    if any(row.dtype.kind not in "iu" for row in rows):
+        raise ValueError(f"Tokens must be integers; got a prompt of {rows[0].dtype}.")
+    return rows
+
+
+def _stop(stop):
+    return () if stop is None else tuple(np.atleast_1d(stop).tolist())
+
+
+def _check(model, rows, num_tokens, stop):
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1; got {num_tokens}.")
+    _, logits = eqx.filter_eval_shape(lambda: model.step(model.init_state(), jnp.zeros((), jnp.int32)))
+    vocab_size = len(logits)
+    for name, tokens in ("prompt", np.concatenate(rows)), ("stop", np.asarray(stop, int)):
+        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+        if outside.size:
+            raise ValueError(f"Every token of {name} must lie in [0, {vocab_size}); got {outside[0]}.")
+    bounded = lambda node: isinstance(node, AbstractConvolution | Attention)
+    limits = [node.max_length for node in jax.tree.leaves(model, is_leaf=bounded) if bounded(node)]
+    if isinstance(model, LanguageModel) and model.positions is not None:
+        limits.append(len(model.positions))
+    limit = min((n for n in limits if n is not None), default=None)
+    longest = max(map(len, rows))
+    if limit is not None and longest + num_tokens > limit:
+        raise ValueError(
+            f"The model takes sequences of at most {limit} tokens; got a prompt of {longest} and num_tokens="
+            f"{num_tokens}. Ask for fewer, shorten the prompt, or build the model with a larger max_length."
+        )
+
+
+def _check_numbers(nan):
+    if (nan >= 0).any():
+        row = int(np.argmax(nan >= 0))
+        raise FloatingPointError(
+            f"The logits of token {nan[row]} after the prompt are NaN (row {row}). Look for parameters that are not "
+            "finite, and for a sampler that draws tokens outside the vocabulary."
+        )

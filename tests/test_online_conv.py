@@ -1,0 +1,60 @@
+"""The online convolution: inputs come one by one, and outputs are those of the whole sequence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from s5eqx import ops
+
+BATCH, C, BLOCK = 3, 2, 8
+
+
+@jax.jit
+def one_block(slots, kernel, block):
+    """Steps whose input is known only from the output before it."""
+
+    def step(i, carry):
+        slots, u, outputs = carry
+        y = slots[:, i] + kernel[:1] * u
+        slots = ops.tile_in_block(slots.at[:, i].set(u), kernel, i)
+        return slots, jnp.cos(3 * y) + block[:, i], outputs.at[:, i].set(y)
+
+    return lax.fori_loop(0, BLOCK, step, (slots, block[:, 0], jnp.zeros_like(slots)))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_outputs_are_those_of_the_whole(blocks, x64):
+    """Every size of tile, against a loop over all pairs of steps."""
+    rng = np.random.default_rng(blocks)
+    steps = blocks * BLOCK
+    kernel, noise = rng.standard_normal((steps, C)) / 4, rng.standard_normal((BATCH, steps, C))
+    slots, ys, us = jnp.zeros((BATCH, C, steps)), [], []
+    for done in range(0, steps, BLOCK):
+        if done:
+            size = done & -done
+            slots = ops.tile_of_blocks(slots, ops.tile_spectrum(kernel.T, size), jnp.asarray(done))
+        block = slots[..., done : done + BLOCK].swapaxes(1, 2)
+        noise_here = noise[:, done : done + BLOCK]
+        block, _, y = one_block(block, kernel[:BLOCK], noise_here)
+        slots = slots.at[..., done : done + BLOCK].set(block.swapaxes(1, 2))
+        us.append(block), ys.append(y)
+    u, y = np.concatenate(us, axis=1), np.concatenate(ys, axis=1)
+    expected = np.zeros_like(y)
+    for t in range(steps):
+        for j in range(t + 1):
+            expected[:, t] += kernel[j] * u[:, t - j]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+def test_the_end_of_a_block_changes_nothing_in_it():
+    slots = jnp.arange(BLOCK * C, dtype=jnp.float32).reshape(BLOCK, C)
+    np.testing.assert_array_equal(ops.tile_in_block(slots, slots, jnp.asarray(BLOCK - 1)), slots)
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="power of two; got 6"):
+        ops.tile_in_block(jnp.zeros((6, C)), jnp.zeros((6, C)), jnp.asarray(0))
+    with pytest.raises(ValueError, match="takes 16 taps; the kernel has 8"):
+        ops.tile_spectrum(jnp.zeros((C, 8)), 8)

@@ -1,0 +1,162 @@
+"""Log-likelihoods of sequences: the same in one pass and in pieces, whatever the model carries."""
+
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import tiny
+from helpers import quick_jit, relative_error
+
+from s5eqx.models import LanguageModel
+from s5eqx.nn import S5, Attention, Rotary, ShortConv, hyena, hyena_s5
+from s5eqx.score import score
+
+V, D, L = 7, 6, 12
+
+
+def hybrid(key):
+    mixers = ShortConv(D, 3, key=key), Attention(D, 2, max_length=L, rotary=Rotary(2), key=key)
+    return LanguageModel(V, D, mixers, mlp_width=8, dropout=0.5, key=key)
+
+
+MODELS = {
+    "hyena_s5": lambda key: LanguageModel(
+        V, D, lambda key: hyena_s5(D, 4, key=key), num_layers=2, mlp_width=8, stack=True, embed_dropout=0.5, key=key
+    ),
+    "hyena": lambda key: LanguageModel(
+        V, D, lambda key: hyena(D, L, filter_width=5, key=key), num_layers=1, mlp_width=8, key=key
+    ),
+    "hybrid": hybrid,
+    "positions": lambda key: LanguageModel(
+        V, D, lambda key: S5(D, 4, key=key), num_layers=1, mlp_width=8, max_length=L, key=key
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One that compiles in no time."""
+    mixers = (ShortConv(D, 3, key=jr.key(0)),)
+    return eqx.filter_jit(lambda key: LanguageModel(V, D, mixers, mlp_width=8, dropout=0.5, key=key))(jr.key(1))
+
+
+def some_tokens(*shape):
+    return jr.randint(jr.key(5), shape, 0, V)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_score_is_the_same_in_one_pass_and_in_pieces(name, key, x64):
+    model, tokens = eqx.filter_jit(MODELS[name])(key), some_tokens(2, L)
+    model = jax.tree.map(lambda a: a.astype(jnp.float64) if eqx.is_inexact_array(a) else a, model)
+
+    @quick_jit
+    def run(model):
+        scores = [score(model, tokens, chunk) for chunk in (None, 1, 5, L, L + 3)]
+        return scores, jax.vmap(eqx.nn.inference_mode(model))(tokens)
+
+    scores, logits = run(model)
+    log_p = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
+    expected = np.take_along_axis(log_p, np.asarray(tokens)[:, 1:, None], axis=-1).sum(axis=(1, 2))
+    for given in scores:
+        assert given.dtype == jnp.float64
+        np.testing.assert_allclose(given, expected, rtol=1e-10)
+
+
+def test_one_program_a_shape(model, monkeypatch):
+    """Whatever the weights and the tokens."""
+    module = sys.modules["s5eqx.score"]
+    monkeypatch.setattr(module, "in_pieces", eqx.debug.assert_max_traces(max_traces=1)(module.in_pieces))
+    tokens = some_tokens(3, 5)
+    other = jax.tree.map(lambda a: 2 * a if eqx.is_inexact_array(a) else a, model)
+    scores = [score(*operands, 2) for operands in ((model, tokens), (other, tokens), (model, V - 1 - tokens))]
+    assert len({float(s[0]) for s in scores}) == 3
+    with pytest.raises(RuntimeError, match="traced"):
+        score(model, tokens, 3)
+
+
+def test_a_score_inside_transformations(model):
+    """Any leading axes, `jax.vmap`, numpy's tokens, a gradient; dropout is off."""
+    tokens = some_tokens(2, 3, 8)
+    expected = score(model, tokens, 3)
+    assert expected.shape == (2, 3) and jnp.all(expected < 0)
+    np.testing.assert_allclose(jax.vmap(lambda rows: score(model, rows, 3))(tokens), expected, rtol=1e-5)
+    np.testing.assert_allclose(score(model, np.asarray(tokens[0, 1], np.int8), 3), expected[0, 1], rtol=1e-5)
+    gradient = eqx.filter_grad(lambda model, chunk: score(model, tokens[0, 0], chunk))
+    gradients = quick_jit(lambda model: [gradient(model, chunk) for chunk in (None, 3)])(model)
+    for whole, pieces in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_of_one_scores_nothing(model):
+    np.testing.assert_array_equal(score(model, some_tokens(2, 1)), [0.0, 0.0])
+    assert score(model, some_tokens(1), 4) == 0.0
+
+
+@pytest.mark.parametrize("outside", [-1, V, 2**31 - 1])
+def test_a_token_outside_has_no_score(outside, model):
+    """Wherever it stands, also last, where no layer's output depends on it."""
+    tokens = some_tokens(2, 8)
+    run = jax.jit(lambda tokens: score(model, tokens, 3))
+    for position in (0, 7):
+        wrong = tokens.at[1, position].set(outside)
+        with pytest.raises(ValueError, match=rf"must lie in \[0, vocab_size={V}\); got {outside}"):
+            score(model, wrong, 3)
+        np.testing.assert_array_equal(np.isnan(run(wrong)), [False, True])
+
+
+def test_a_score_is_at_least_float32(model):
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a, model)
+    given = score(narrow, some_tokens(8), 4)
+    assert given.dtype == jnp.float32
+    np.testing.assert_allclose(given, score(model, some_tokens(8), 4), rtol=0.02)
+
+
+class Even(eqx.Module):
+    """All of `V` tokens are equally likely."""
+
+    def init_state(self):
+        return ()
+
+    def prefill(self, state, x, *, key):
+        return state, self(x, key=key)
+
+    def __call__(self, x, *, key):
+        return jnp.zeros((len(x), V))
+
+
+@pytest.mark.parametrize("chunk", [None, 4096])
+def test_a_long_sum_is_exact(chunk):
+    length = 131_072
+    given = score(Even(), jnp.zeros(length, jnp.int32), chunk)
+    assert relative_error(given, -(length - 1) * np.log(V)) < 1e-6
+
+
+def test_what_has_no_score(model):
+    with pytest.raises(
+        TypeError, match="score needs a model with init_state and prefill; Bigram lacks one: give it both"
+    ):
+        score(tiny.bigram(jr.key(0)), some_tokens(3))
+    with pytest.raises(ValueError, match=r"at least one token to have a score; got tokens of shape \(2, 0\)"):
+        score(model, some_tokens(2, 0))
+    with pytest.raises(ValueError, match="chunk must be at least 1 step, or None for whole sequences; got 0"):
+        score(model, some_tokens(3), 0)
+
+
+def test_pieces_need_memory_for_one_piece():
+    """131,072 steps in pieces of 4,096; measured, a thirtieth of what one pass takes."""
+    build = lambda key: LanguageModel(
+        64, 64, lambda key: hyena_s5(64, 64, num_blocks=2, key=key), num_layers=4, mlp_width=128, stack=True, key=key
+    )
+    model = eqx.filter_eval_shape(build, jr.key(0))
+    arrays, rest = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    tokens = jax.ShapeDtypeStruct((131_072,), jnp.int32)
+
+    def temporaries(chunk):
+        run = jax.jit(lambda arrays, tokens: score(eqx.combine(arrays, rest), tokens, chunk))
+        return run.lower(arrays, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) <= temporaries(None) / 8

@@ -153,18 +153,23 @@ def measure(settings, length):
             rounds[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(times) for name, times in rounds.items()}
 
-    start = jax.jit(lambda tokens: hyena.prefill(hyena.init_state(), tokens)[0])(PROMPT[:-1]), jnp.asarray(PROMPT[-1])
+    state = jax.jit(lambda tokens: hyena.prefill(hyena.init_state(), tokens)[0])(PROMPT[:-1])
+    token = jnp.asarray(PROMPT[-1])
     sizes = [1 << n for n in range(length.bit_length())]
     tokens = jnp.zeros(longest, jnp.int32).at[: len(PROMPT)].set(PROMPT)
-    seconds["hyena, window"] = seconds_of(lambda: by_window(hyena, *start, CHECKED)) * length / CHECKED
-    a_push = {n: seconds_of(lambda n=n: by_pushing(hyena, *start, CHECKED, n)) / CHECKED for n in sizes}
+    seconds["hyena, window"] = seconds_of(lambda: by_window(hyena, state, token, CHECKED)) * length / CHECKED
+    a_push = {n: seconds_of(lambda n=n: by_pushing(hyena, state, token, CHECKED, n)) / CHECKED for n in sizes}
     seconds["hyena, eager"] = summed(a_push, length)
     a_pass = {n: seconds_of(lambda n=n: by_whole_passes(hyena, tokens[:n], n - 1, n)) for n in sizes}
     seconds["hyena, naive"] = summed(a_pass, length)
 
     expected = generate(hyena, PROMPT, CHECKED, key=key).tokens
     whole = by_whole_passes(hyena, tokens[: len(PROMPT) + CHECKED], len(PROMPT), len(PROMPT) + CHECKED)
-    for given in (by_window(hyena, *start, CHECKED), by_pushing(hyena, *start, CHECKED, CHECKED), whole[len(PROMPT) :]):
+    for given in (
+        by_window(hyena, state, token, CHECKED),
+        by_pushing(hyena, state, token, CHECKED, CHECKED),
+        whole[len(PROMPT) :],
+    ):
         np.testing.assert_array_equal(given, expected)
     return seconds
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
@@ -50,7 +51,7 @@ class Token(NamedTuple):
 @checked
 def generate(
     model: AbstractCausalMixer,
-    prompt: Int[Array, " L"] | Int[Array, "B L"] | Sequence[Int[Array, " _"]],
+    prompt: Int[Array, " L"] | Int[Array, "B L"] | Sequence[Int[Array, " _"]] | Sequence[int],
     num_tokens: int,
     *,
     key: PRNGKeyArray,
@@ -97,7 +98,7 @@ def generate(
 @checked
 def stream(
     model: AbstractCausalMixer,
-    prompt: Int[Array, " L"],
+    prompt: Int[Array, " L"] | Sequence[int],
     num_tokens: int,
     *,
     key: PRNGKeyArray,
@@ -140,14 +141,15 @@ def _run(model, rows, num_tokens, key, sampler, stop, every):
     """Checks what is asked, at once. The iterator that it returns gives tokens and log-probabilities of all rows, those
     in the longer prompts too, at each step from the end of the common prompt."""
     model = materialise(eqx.nn.inference_mode(model))
-    _check(model, rows, num_tokens, stop)
-    return _dispatch(model, rows, num_tokens, key, sampler, stop, every)
+    state, vocab_size = _start(model, len(rows))
+    _check(model, vocab_size, rows, num_tokens, stop)
+    return _dispatch(model, state, rows, num_tokens, key, sampler, stop, every)
 
 
-def _dispatch(model, rows, num_tokens, key, sampler, stop, every):
+def _dispatch(model, state, rows, num_tokens, key, sampler, stop, every):
     shortest, longest = min(map(len, rows)), max(map(len, rows))
     steps = longest - shortest + num_tokens
-    state = _prefill(model, np.stack([row[: shortest - 1] for row in rows]))
+    state = _prefill(model, state, np.stack([row[: shortest - 1] for row in rows]))
     # The last common token is the first one that is stepped, with what follows it in longer prompts.
     given = np.zeros((len(rows), steps + BLOCK), np.int32)
     for line, row in zip(given, rows, strict=True):
@@ -176,19 +178,22 @@ def _dispatch(model, rows, num_tokens, key, sampler, stop, every):
                 return
 
 
-def _prefill(model, tokens):
+@eqx.filter_jit
+def _start(model, num_rows):
+    """The empty states, and the size of the vocabulary."""
+    state = model.init_state()
+    logits = jax.eval_shape(lambda state: model.step(state, jnp.zeros((), jnp.int32))[1], state)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_rows, *a.shape)), state), logits.shape[0]
+
+
+def _prefill(model, state, tokens):
     """The states after the common prompt, in pieces of all the powers of two in its length, the largest first."""
-    state, start = _start(model, len(tokens)), 0
+    start = 0
     for exponent in reversed(range(tokens.shape[1].bit_length())):
         if tokens.shape[1] >> exponent & 1:
             state = _read((model, tokens[:, start : start + (1 << exponent)]), state)
             start += 1 << exponent
     return state
-
-
-@eqx.filter_jit
-def _start(model, size):
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape)), model.init_state())
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -264,7 +269,7 @@ def _is_batch(prompt):
 
 def _rows(prompt):
     """The prompts as numpy arrays."""
-    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(prompt)):
+    if any(isinstance(a, Tracer) for a in jax.tree.leaves(prompt)):
         raise ValueError("generate runs its loop on the host: call it outside jax.jit and jax.vmap.")
     rows = [np.asarray(row) for row in (prompt if _is_batch(prompt) else [prompt])]
     if not rows or any(row.ndim != 1 or not row.size for row in rows):
@@ -281,11 +286,9 @@ def _stop(stop):
     return () if stop is None else tuple(np.atleast_1d(stop).tolist())
 
 
-def _check(model, rows, num_tokens, stop):
+def _check(model, vocab_size, rows, num_tokens, stop):
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1; got {num_tokens}.")
-    _, logits = eqx.filter_eval_shape(lambda: model.step(model.init_state(), jnp.zeros((), jnp.int32)))
-    vocab_size = len(logits)
     for name, tokens in ("prompt", np.concatenate(rows)), ("stop", np.asarray(stop, int)):
         outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
         if outside.size:

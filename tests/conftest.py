@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 
 # Two devices; and the compilers that take least time, which is most of the time of the tests.
@@ -23,6 +24,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # the time of the tests is the time of XLA's compiler
+gc.set_threshold(50_000, 20, 100)  # seldom: what JAX remembers of all that it compiled is looked through each time
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 import functools
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -67,6 +69,14 @@ def to_pairs(z):
 
 def to_complex(pairs):
     return np.asarray(pairs[..., 0]) + 1j * np.asarray(pairs[..., 1])
+
+
+def drawn(build, key):
+    """The model with every weight drawn anew, which costs no compilation."""
+    rng = np.random.default_rng(2208)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+    skeleton = eqx.filter_eval_shape(build, key)
+    return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 
 
 quick_jit = functools.partial(

@@ -30,6 +30,8 @@ class Fixture:
         return path in self.arrays
 
     def params(self, dtype):
+        if self.kind == "modal":
+            return {path: self[path].astype(dtype) for path in ("poles", "residues", "D")}
         return {p.removeprefix("p/"): a.astype(dtype) for p, a in self.arrays.items() if p.startswith("p/")}
 
     def load(self, params):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import drawn, quick_jit
 
 from s5eqx import nn
 from s5eqx.models import Classifier, GPT2Init, LastPool, MeanPool, RetrievalClassifier, SequenceEncoder
@@ -37,14 +37,6 @@ def body(key, mixer=conv, *, tokens=False, **options):
 
 def classifier(key, mixer=conv, **options):
     return Classifier(body(key, mixer, **options), CLASSES, key=key)
-
-
-def drawn(build, key):
-    """The model with every weight drawn anew, which costs no compilation."""
-    rng = np.random.default_rng(2208)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-    skeleton = eqx.filter_eval_shape(build, key)
-    return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 
 
 def features(length=L):

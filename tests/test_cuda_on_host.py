@@ -13,7 +13,7 @@ from scan_problems import plain_scan
 import s5eqx
 from s5eqx.ops import _native
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("cuda_on_host")]  # which build one program
 CUDA = s5eqx.backends()[1]
 DTYPES = ("float32", "float64", "complex64", "complex128")
 FORWARD = {"wants_last": True}

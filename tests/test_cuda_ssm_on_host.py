@@ -10,7 +10,7 @@ from ssm_problems import CHUNK, in_dtype, problem
 import s5eqx
 from s5eqx.ops import _native
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.xdist_group("cuda_ssm_on_host")]  # which build one program
 CUDA = s5eqx.backends()[1]
 NAMES = ("y", "last", "du", "da", "dw_in", "dw_out", "dskip", "dx0")
 PLAIN, SPLIT_TF32, TF32 = range(3)  # as in csrc/ssm_tiles.h

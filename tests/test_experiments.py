@@ -36,8 +36,9 @@ TINY = shlex.split(
 
 
 def start(*words, folder, **options):
-    # One device, as a user has; and from a folder without a source tree to import by mistake.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # One device, as a user has, and the compilers that take least time; from a folder without a source tree to import.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, *map(str, words)]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, **options)
 
@@ -202,6 +203,7 @@ def test_generate_complains_in_one_line(tmp_path):
         ("bench_train", "--tokens 0", "tokens must be at least 1"),
         ("bench_train", "--chunk 0", "chunk must be at least 1"),
         ("bench_train", "--plot nowhere/out.png", "plot must be a file in a folder that exists"),
+        ("bench_generate", "--lengths 64 0", r"lengths must be at least 1, got \(64, 0\)"),
     ],
 )
 def test_benchmarks_refuse(script, words, complaint, tmp_path, monkeypatch):
@@ -234,6 +236,18 @@ def test_the_layer_is_measured(tmp_path):
     assert code == 0, errors
     assert output.count("forward + backward") == 2 and "relative error" in output
     assert json.loads((tmp_path / "out.json").read_text()).keys() >= {"tuned", "default"}
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_generation_is_measured(tmp_path):
+    words = ("--lengths", 64, 100, "--width", 8, "--layers", 1, "--order", 2, "--repeats", 1)
+    words += ("--json", "out.json", "--plot", "out.png")
+    code, output, errors = run(ROOT / "experiments/bench_generate.py", *words, folder=tmp_path)
+    assert code == 0, errors
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["length"] for row in rows] == [64, 100]
+    assert all(f"| {name} |" in output and seconds > 0 for row in rows for name, seconds in row["seconds"].items())
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,5 +1,5 @@
 """Hyena, H3, S4D, long convolutions, attention and their models against safari's own numbers: outputs, gradients,
-chunks and steps, generated tokens."""
+chunks and steps."""
 
 import json
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import quick_jit, relative_error
 from safari_fixture import FOLDER, Fixture
 
 from s5eqx import nn
@@ -29,7 +29,7 @@ S4D_KERNELS += ["s4dkernel_lin_zoh", "s4dkernel_lin_zoh_bandlimit"]
 SHIFT_KERNELS = ["shiftkernel_N4_L12", "shiftkernel_N8_L6", "shiftkernel_default"]
 MODELS = ["lm_h3", "lm_h3_hybrid", "lm_hyena", "lm_s4d", "lm_transformer"]
 TABLES = ["hyena_posemb_33_20", "hyena_posemb_5_32", "s4d_init_tables"]
-OTHERS = ["block_a", "longconv_kernel_squash_envelope", "s4dkernel_lin_dss"]
+OTHERS = ["block_a", "longconv_kernel_squash_envelope", "modal_a", "s4dkernel_lin_dss"]
 FILES = H3_FILES + HYENA_FILES + LONG_CONV_FILES + ATTENTION_FILES + S4D_FILES + S4D_KERNELS + SHIFT_KERNELS
 FILES += MODELS + TABLES + OTHERS
 
@@ -307,6 +307,62 @@ def test_eigenvalues(key, x64):
         np.testing.assert_allclose(np.abs(Vinv @ np.sqrt(n + 0.5)), np.abs(fixture[f"{nplr}/P"]), rtol=1e-9)
 
 
+def test_modal(dtype):
+    """The file has float32 alone; in float64 we are as far from it as it is from the numbers of its own parameters."""
+    fixture = Fixture("modal_a")
+    ssm, length = fixture.load(fixture.params(dtype)), fixture.meta["L"]
+    half = fixture.meta["prefill"]
+    assert half == length // 2  # as in `streamed`
+
+    @quick_jit
+    def run(ssm, z):
+        x2, x1, v = jnp.split(jnp.swapaxes(z, 1, 2), 3, axis=-1)
+        y, *states = jax.vmap(lambda u: streamed(ssm, u))(x1 * v)
+        whole = jax.vmap(lambda u: ssm(u))(x1 * v)
+        return ssm.kernel(length)[0].T, x2 * whole, x2 * y, *states
+
+    ours = run(ssm, *fixture.inputs(dtype, "z"))
+    h, y, y_streamed, prefilled, final = map(np.asarray, ours)
+    expected = {"h": h, "y": y, "y_steps": y_streamed[:, half:], "state_after_prefill": prefilled, "state_final": final}
+    for path, array in expected.items():
+        assert relative_error(array, fixture[path]) <= 1e-6, path
+    np.testing.assert_allclose(y_streamed, y, atol=(1e-14 if dtype == np.float64 else 1e-6) * np.abs(y).max())
+    assert relative_error(h, modal_kernel(fixture)) <= (1e-14 if dtype == np.float64 else 1e-6)
+    back = fixture.save(ssm)
+    for name, array in fixture.params(dtype).items():
+        assert back[name].dtype == dtype and relative_error(back[name], array) <= 4 * np.finfo(dtype).eps, name
+
+
+def modal_kernel(fixture):
+    """The kernel as its formula says, in float64."""
+    poles, residues = (fixture[name].astype(float) @ [1, 1j] for name in ("poles", "residues"))
+    return np.sum(residues * poles ** np.arange(fixture.meta["L"]), axis=1).real
+
+
+def test_short_convolution_of_striped_hyena(dtype, key):
+    fixture = Fixture("modal_a")
+    weight, bias, u = fixture.inputs(dtype, "fir_w", "fir_b", "fir_u")
+    conv = nn.ShortConv(len(bias), weight.shape[-1], key=key)
+    conv = eqx.tree_at(lambda conv: (conv.weight, conv.bias), conv, (weight[:, 0].T, bias))
+    whole, steps, end = quick_jit(lambda conv, u: jax.vmap(lambda u: (conv(u), *by_steps(conv, u)))(u))(conv, u)
+    expected = {"fir_z": jnp.swapaxes(whole, 1, 2), "fir_steps": steps[:, 2:], "fir_state_end": jnp.swapaxes(end, 1, 2)}
+    for path, ours in expected.items():
+        assert relative_error(ours, fixture[path]) <= 1e-6, path
+
+
+def by_steps(mixer, x):
+    end, y = jax.lax.scan(lambda state, x_t: mixer.step(state, x_t), mixer.init_state(), x)
+    return y, end
+
+
+def test_poles_outside_the_unit_circle_are_refused():
+    fixture = Fixture("modal_a")
+    params = fixture.params(np.float32)
+    params["poles"][1, 2, 0] = [0.6, 0.8]
+    with pytest.raises(ValueError, match="inside the unit circle"):
+        fixture.load(params)
+
+
 def test_block(dtype):
     """The reference returns the branch of the MLP and the residual sum before it; ours their sum."""
     fixture = Fixture("block_a")
@@ -331,43 +387,25 @@ def test_block(dtype):
 
 
 @quick_jit
-def run_model(model, tokens, cot, prompt, steps):
-    """Logits, gradient of sum(cot logits), and the tokens and logits of `steps` generated tokens."""
+def run_model(model, tokens, cot):
+    """Logits, and the gradient of sum(cot logits)."""
 
     def loss(model):
         logits = jax.vmap(model)(tokens)
         return jnp.sum(cot * logits), logits
 
     gradient, logits = eqx.filter_grad(loss, has_aux=True)(model)
-
-    def generate(prompt):
-        def token(logits, t):
-            return (jnp.argmax(logits).astype(jnp.int32) + t) % len(logits)
-
-        def step(carry, t):
-            state, logits = carry
-            now = token(logits, t)
-            return model.step(state, now), (now, logits)
-
-        state, logits = model.prefill(model.init_state(), prompt)
-        # The last token is read off, and not fed again: it may be past the longest sequence.
-        (_, last), (tokens, all_logits) = jax.lax.scan(step, (state, logits[-1]), steps[:-1])
-        return jnp.append(tokens, token(last, steps[-1])), jnp.concatenate([all_logits, last[None]])
-
-    return logits, gradient, jax.vmap(generate)(prompt)
+    return logits, gradient
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_language_model(name, dtype):
+    """What these generate is in test_generate.py."""
     fixture = Fixture(name)
     model = fixture.load(fixture.params(dtype))
-    tokens, prompt = fixture.inputs(np.int32, "in/ids", "gen/prompt")
-    steps = jnp.arange(fixture["gen/tokens"].shape[1], dtype=jnp.int32)
-    logits, gradient, (generated, gen_logits) = run_model(model, tokens, *fixture.inputs(dtype, "cot"), prompt, steps)
+    logits, gradient = run_model(model, *fixture.inputs(np.int32, "in/ids"), *fixture.inputs(dtype, "cot"))
     fixture.check("out/y", logits)
     fixture.check_gradient(gradient)
-    np.testing.assert_array_equal(generated, fixture["gen/tokens"])
-    fixture.check("gen/logits", gen_logits)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import drawn, quick_jit
 
 from s5eqx import nn
 from s5eqx.models import LanguageModel
@@ -55,8 +55,8 @@ def test_heads_by_the_definition(key, x64):
 @pytest.mark.parametrize("stack", [False, True])
 def test_materialised_model_is_the_same_function(stack, key, x64):
     mixer = lambda key: nn.hyena(D, K, order=3, filter_width=3, key=key)
-    model = LanguageModel(7, D, mixer, num_layers=2, mlp_width=5, stack=stack, key=key)
-    explicit = nn.materialise(model)
+    model = drawn(lambda key: LanguageModel(7, D, mixer, num_layers=2, mlp_width=5, stack=stack, key=key), key)
+    explicit = quick_jit(nn.materialise)(model)
     tokens = jnp.arange(K) % 7
     banks = [block.mixer.bank for block in explicit.backbone.blocks]
     assert all(type(op) is nn.Convolution for bank in banks for op in bank.operators())

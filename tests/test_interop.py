@@ -10,7 +10,7 @@ from helpers import to_complex
 from s5_fixture import Fixture
 
 from s5eqx.interop import from_safari, layer_from_s5, layer_from_safari, layer_to_safari, to_s5, to_safari
-from s5eqx.nn import S4D, Attention, Buffer, materialise
+from s5eqx.nn import S4D, Attention, Buffer, ModalSSM, materialise
 
 SSM = "s5ssm_trunc_conj1_clip1_gelu"
 
@@ -312,6 +312,7 @@ def test_option_of_safari_that_changes_the_function_is_refused(name, options, wo
         ("mha", lambda key: Attention(4, window=3, key=key), "window=3"),
         ("s4d_layer_safari", lambda key: S4D(4, 4, bandlimit=0.5, key=key), "bandlimit=0.5"),
         ("s4d_layer_safari", lambda key: S4D(4, 4, train_B=True, key=key), "a B of its own"),
+        ("modal", lambda key: ModalSSM(4, 2, channels=3, key=key), "one output a channel; this ModalSSM has 3"),
     ],
 )
 def test_what_safari_would_compute_differently_is_not_written(kind, build, words, key):

@@ -1,5 +1,6 @@
 """The README's table of layers, checked against the layers."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def test_the_table_names_every_layer():
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name):
     build, state_size = ROWS[name]
+    build = functools.cache(build)
     _, size, training, generation, resets, bidirectional = rows()[name]
     mixer = eqx.nn.inference_mode(build(L))
     reals = sum(

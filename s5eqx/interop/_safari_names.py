@@ -22,12 +22,29 @@ from s5eqx.nn import (
     LongConv,
     SquashedConvolution,
 )
+from s5eqx.nn._diagonal import as_pairs
+from s5eqx.nn.modal_ssm import as_poles, decay_and_phase
 
 _COLUMN = Layout(lambda a: a[0, :, 0], lambda a: a[None, :, None])  # (1, L, 1)
 _ROW = Layout(lambda a: a[0, 0], lambda a: a[None, None])  # (1, 1, D)
 _PIXEL = Layout(lambda a: a[..., 0], lambda a: a[..., None])  # (D, D, 1)
 _NO_LEADING = Layout(LEADING.save, LEADING.load)
 _JOINED = Layout(lambda a: (a[: len(a) // 2], a[len(a) // 2 :]), jnp.concatenate)  # both directions in one array
+
+
+def _save_residues(a):
+    if len(a) > 1:
+        raise ValueError(f"StripedHyena's modal form has one output a channel; this ModalSSM has {len(a)}.")
+    return a[0, :, :, None]
+
+
+def _load_poles(a):
+    re, im = np.moveaxis(np.asarray(a, float), -1, 0)[..., 0]
+    return tuple(leaf.astype(a.dtype) for leaf in decay_and_phase(re + 1j * im))
+
+
+_POLES = Layout(_load_poles, lambda leaves: as_pairs(as_poles(*leaves))[:, :, None])  # (D, P, 1, 2), ours in polar form
+_RESIDUES = Layout(lambda a: a[None, :, :, 0], _save_residues)  # (D, P, 1, 2)
 
 
 def _linear(name, layer, layout=SAME) -> Table:
@@ -157,6 +174,12 @@ def _long_conv_kernel_table(conv) -> Table:
     yield Entry("kernel", conv.kernel)
 
 
+def _modal_table(ssm) -> Table:
+    yield Entry("poles", (ssm.log_decay, ssm.phase), _POLES)
+    yield Entry("residues", ssm.R, _RESIDUES)
+    yield Entry("D", ssm.D, _NO_LEADING)
+
+
 def _attention_table(layer) -> Table:
     if layer.window is not None:
         raise ValueError(f"safari's attention sees all of the past; this one has window={layer.window}.")
@@ -213,6 +236,7 @@ LAYERS = {
     "s4d_kernel": _s4d_kernel_table,
     "shift_kernel": _shift_table,
     "longconv_kernel": _long_conv_kernel_table,
+    "modal": _modal_table,
     "s4d_layer_safari": _s4d_table,
     "s4d_layer_minimal": _s4d_minimal_table,
     "h3": _h3_table,

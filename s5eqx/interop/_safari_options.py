@@ -26,6 +26,7 @@ from s5eqx.nn import (
     Hyena,
     ImplicitFilter,
     LongConv,
+    ModalSSM,
     Rotary,
     ShiftSSM,
     SmoothFrequency,
@@ -268,6 +269,11 @@ def _long_conv_kernel(meta, max_length, key):
     return _squashed({**meta, "l_max": length}, width, meta.get("channels", 1), key)
 
 
+def _modal(meta, max_length, key):
+    refuse("meta", meta, ("D", "state", "L", "prefill"), {})
+    return ModalSSM(*read("meta", meta, "D", "state"), key=key)
+
+
 def _s4d_minimal(options, width, key):
     refuse("meta", options, ("d_state", "dropout", *_TRAINING, *_DRAWING), {})
     return _s4d_of(options, width, key, True, num_ssm=None)
@@ -292,6 +298,7 @@ LAYERS = {
     "s4d_kernel": _s4d_kernel,
     "shift_kernel": _shift_kernel,
     "longconv_kernel": _long_conv_kernel,
+    "modal": _modal,
     "s4d_layer_safari": _layer(_s4d),
     "s4d_layer_minimal": _layer(_s4d_minimal),
     "h3": _layer(_h3),

@@ -1,11 +1,12 @@
-"""Weights of safari (Hyena, H3, S4D, long convolutions, attention), into our modules and back.
+"""Weights of safari (Hyena, H3, S4D, long convolutions, attention), into our modules and back; of StripedHyena, its
+modal layer.
 
 Parameters are a state dict: a flat mapping of dotted names to arrays, such as
 `backbone.layers.0.mixer.in_proj.weight`. One line turns a checkpoint into it:
 
     {name: a.numpy() for name, a in torch.load(path, weights_only=True)["state_dict"].items()}
 
-Source: HazyResearch/safari; the layer S4D of state-spaces/s4.
+Source: HazyResearch/safari; the layer S4D of state-spaces/s4; the modal layer of togethercomputer/stripedhyena.
 
 Differs from the reference: heads of H3 lie in the order (head, channel), as its CUDA kernel and the published
 checkpoints have it; the plain code path has (channel, head).
@@ -103,9 +104,9 @@ def layer_from_safari(kind: str, params: Params, meta: Mapping[str, Any], *, max
 
     **Arguments:**
 
-    - `kind`: `"s4d_kernel"`, `"shift_kernel"`, `"longconv_kernel"`, `"s4d_layer_safari"`, `"s4d_layer_minimal"`,
-        `"h3"`, `"h3conv"`, `"longconv"`, `"hyena"`, `"hyena_standalone"`, `"mha"`, `"rotary_mha"`, `"torch_mha"` or
-        `"block"`. The kernels become layers without a skip.
+    - `kind`: `"s4d_kernel"`, `"shift_kernel"`, `"longconv_kernel"`, `"modal"`, `"s4d_layer_safari"`,
+        `"s4d_layer_minimal"`, `"h3"`, `"h3conv"`, `"longconv"`, `"hyena"`, `"hyena_standalone"`, `"mha"`,
+        `"rotary_mha"`, `"torch_mha"` or `"block"`. The kernels become layers without a skip.
     - `params`: NumPy or JAX arrays by name. The layer keeps their dtypes.
     - `meta`: the sizes and options of the layer.
     - `max_length`: the longest sequence for attention, in tokens.
@@ -123,7 +124,8 @@ def layer_from_safari(kind: str, params: Params, meta: Mapping[str, Any], *, max
 
 @checked
 def layer_to_safari(kind: str, layer: AbstractLayer) -> dict[str, Inexact[Array, "..."]]:
-    """The inverse of `layer_from_safari`; a gradient is translated alike."""
+    """The inverse of `layer_from_safari`; a gradient is translated alike, but for the poles of `"modal"`, which are
+    no linear function of ours."""
     return arrays(choose("kind", kind, _names.LAYERS)(layer))
 
 

@@ -43,6 +43,7 @@ from s5eqx.nn.long_conv_init import SmoothTime as SmoothTime
 from s5eqx.nn.lru import LRU as LRU
 from s5eqx.nn.materialise import materialise as materialise
 from s5eqx.nn.mlp import MLP as MLP
+from s5eqx.nn.modal_ssm import ModalSSM as ModalSSM
 from s5eqx.nn.norm import layer_norm as layer_norm
 from s5eqx.nn.residual import Residual as Residual
 from s5eqx.nn.rg_lru import RGLRU as RGLRU

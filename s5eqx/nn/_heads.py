@@ -15,10 +15,9 @@ import jax.numpy as jnp
 
 from s5eqx._typing import Array, Float, PRNGKeyArray, PyTree
 from s5eqx.nn._composed import Run
+from s5eqx.nn._diagonal import AbstractDiagonalSSM
 from s5eqx.nn._mixer import AbstractCausalMixer
-from s5eqx.nn.convolution import Convolution
-from s5eqx.nn.diagonal_ssm import DiagonalSSM
-from s5eqx.nn.long_conv import SquashedConvolution
+from s5eqx.nn.convolution import AbstractConvolution
 from s5eqx.nn.shift_ssm import ShiftSSM
 from s5eqx.nn.short_conv import ShortConv
 
@@ -32,7 +31,7 @@ def init_pairs(operator: AbstractCausalMixer, head_dim: int) -> PyTree[Array]:
 
 def check_apart(operator: AbstractCausalMixer) -> None:
     """Refuses an operator that is not known to treat each channel, a head here, by itself."""
-    if not isinstance(operator, DiagonalSSM | ShiftSSM | ShortConv | Convolution | SquashedConvolution):
+    if not isinstance(operator, AbstractDiagonalSSM | ShiftSSM | ShortConv | AbstractConvolution):
         raise ValueError(
             "Heads need operators that keep their channels apart, such as a DiagonalSSM or a Convolution; a "
             f"{type(operator).__name__} mixes them. Use it without heads."

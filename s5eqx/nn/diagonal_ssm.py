@@ -4,23 +4,18 @@ import math
 from typing import ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 
-from s5eqx import ops
-from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
-from s5eqx.nn._mixer import AbstractCausalMixer
-from s5eqx.nn._select import drop
+from s5eqx._typing import Array, Complex, Float, PRNGKeyArray, checked
+from s5eqx.nn._diagonal import AbstractDiagonalSSM, as_pairs
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.s4d_init import AbstractAInit, AbstractBInit, AbstractRealPart, ExpReal, LinInit, OnesBInit
 from s5eqx.nn.s5 import as_complex
 
-_CHUNK = 64  # steps whose states are held at once where flags ask for a scan
 
-
-class DiagonalSSM(AbstractCausalMixer):
+class DiagonalSSM(AbstractDiagonalSSM):
     """A complex state of size `P` for each channel `h`, with one input and `c` outputs:
 
         s[t] = dA s[t-1] + dB u[t]
@@ -110,7 +105,7 @@ class DiagonalSSM(AbstractCausalMixer):
         B = B_init(lax.complex(-decay, self.A_imag), key=B_key)
         C = math.sqrt(0.5) * jr.normal(C_key, (channels, width, state_size // 2, 2), dtype)
         self.B = B if train_B else None
-        self.C = C if train_B else _pairs(as_complex(C) * _rows(as_complex(B), width)[None])
+        self.C = C if train_B else as_pairs(as_complex(C) * _rows(as_complex(B), width)[None])
         self.D = jr.normal(D_key, (channels, width), dtype)
         self.discretisation = discretisation
         self.real_part = real_part
@@ -133,132 +128,7 @@ class DiagonalSSM(AbstractCausalMixer):
             C = jnp.where(slow[None], C, jnp.zeros_like(C))
         return dA, dB, C
 
-    @checked
-    def kernel(self, length: int) -> Float[Array, "c length D"]:
-        """`2 Re sum_n C_n dB_n dA_n^l` for `l < length`: the response to an impulse, without `D`."""
-        dA, dB, C = self.discretised()
-        return _response(C * dB[None], _powers_in_blocks(dA, length), length)
-
-    @checked
-    def __call__(
-        self,
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "L out"]:
-        if reset is not None:
-            return self.prefill(self.init_state(), x, reset=reset)[1]
-        return self._convolve(x, self.kernel(len(x))).astype(x.dtype)
-
-    def init_state(self) -> Complex[Array, "D P"]:
-        shape = self.C.shape[1:3]
-        return lax.complex(jnp.zeros(shape, self.C.dtype), jnp.zeros(shape, self.C.dtype))
-
-    @checked
-    def prefill(
-        self,
-        state: Complex[Array, "D P"],
-        x: Float[Array, "L D"],
-        *,
-        reset: Bool[Array, " L"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Complex[Array, "D P"], Float[Array, "L out"]]:
-        if reset is not None:
-            return self._scan(state, x, reset)
-        dA, dB, C = self.discretised()
-        powers = _powers_in_blocks(dA, len(x))
-        y = self._convolve(x, _response(C * dB[None], powers, len(x)))
-        y = y + _flat(_response(C * (dA * state)[None], powers, len(x)))
-        return _last_state(state, x.astype(self.D.dtype), dA, dB, powers), y.astype(x.dtype)
-
-    @checked
-    def step(
-        self,
-        state: Complex[Array, "D P"],
-        x_t: Float[Array, " D"],
-        *,
-        reset: Bool[Array, ""] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Complex[Array, "D P"], Float[Array, " out"]]:
-        dA, dB, C = self.discretised()
-        state = drop(state, reset)
-        u = x_t.astype(self.D.dtype)
-        state = dA * state + as_complex(_pairs(dB) * u[:, None, None])
-        y = 2 * jnp.real(jnp.sum(C * state[None], axis=-1)) + self.D * u[None]
-        return state, y.reshape(-1).astype(x_t.dtype)
-
-    def _convolve(self, x, kernel):
-        u = x.astype(self.D.dtype)
-        y = jax.vmap(ops.causal_convolution, in_axes=(None, 0))(u, kernel)
-        return _flat(y + self.D[:, None] * u[None])
-
-    def _scan(self, state, x, reset):
-        dA, dB, C = self.discretised()
-        a, dB, C = _pairs(dA).reshape(-1, 2), _pairs(dB), _pairs(jnp.conj(C))
-        u = x.astype(self.D.dtype)
-
-        @jax.checkpoint
-        def chunk(state, inputs):
-            u, reset = inputs
-            drive = u[:, :, None, None] * dB[None]
-            s = ops.diagonal_scan_pairs(a, drive.reshape(len(u), *a.shape), state, reset=reset)
-            y = 2 * jnp.einsum("tdpx,cdpx->tcd", s.reshape(drive.shape), C, precision="highest")
-            y = y + self.D[None] * u[:, None]
-            return (s[-1] if len(u) else state), y.reshape(len(u), self.D.size)
-
-        s, y, done = _pairs(state).reshape(-1, 2), [], len(u) // _CHUNK * _CHUNK
-        if done:
-            in_chunks = lambda z: z[:done].reshape(-1, _CHUNK, *z.shape[1:])
-            s, y_chunks = lax.scan(chunk, s, (in_chunks(u), in_chunks(reset)))
-            y.append(y_chunks.reshape(done, -1))
-        s, y_rest = chunk(s, (u[done:], reset[done:]))
-        y = jnp.concatenate([*y, y_rest])
-        return as_complex(s).reshape(state.shape), y.astype(x.dtype)
-
-
-def _powers_in_blocks(a, length):
-    """`a^r` for `r < T` and `a^(qT)`, `T` about `sqrt(length)`: each `a^l` with `l < length` is a product of two."""
-    T = math.isqrt(max(length - 1, 0)) + 1
-    low = _powers(a, T)
-    return low, _powers(low[-1] * a, -(-length // T))
-
-
-def _powers(a, count):
-    impulse = jnp.zeros((count, a.size), a.dtype).at[:1].set(1)
-    return ops.diagonal_scan(a.reshape(-1), impulse).reshape(count, *a.shape)
-
-
-def _response(coefficients, powers, length):
-    """`2 Re sum_n coefficients_n a_n^l` for `l < length`, as (c, length, D)."""
-    low, high = powers
-    left = _pairs(jnp.conj(coefficients[:, None] * high[None]))
-    y = 2 * jnp.einsum("cqdpx,tdpx->cqtd", left, _pairs(low), precision="highest")
-    return y.reshape(len(coefficients), -1, y.shape[-1])[:, :length]
-
-
-def _last_state(state, u, dA, dB, powers):
-    """`dA^L state + sum_j dA^(L-1-j) dB u_j`: the state after each block of inputs alone, then a scan over blocks."""
-    if not len(u):
-        return state
-    low, high = powers
-    T, blocks = len(low), len(high)
-    padding = T * blocks - len(u)  # in front, so that the first block is the short one
-    inputs = jnp.pad(u, ((padding, 0), (0, 0))).reshape(blocks, T, -1)
-    after = dB[None] * as_complex(jnp.einsum("qtd,tdpx->qdpx", inputs, _pairs(low[::-1]), precision="highest"))
-    after = after.at[0].add(low[T - padding - 1] * dA * state)
-    return ops.final_state((low[-1] * dA).reshape(-1), after.reshape(blocks, -1)).reshape(state.shape)
-
-
-def _flat(y):
-    """(c, L, D) as (L, c D)."""
-    return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], y.shape[0] * y.shape[2])
-
 
 def _rows(a, width):
     """Channel `h` gets row `h mod S`."""
     return jnp.tile(a, (width // len(a), 1))
-
-
-def _pairs(z):
-    return jnp.stack([jnp.real(z), jnp.imag(z)], axis=-1)

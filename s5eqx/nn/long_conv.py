@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
+from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_rate
-from s5eqx.nn._mixer import refuse_reset
+from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 from s5eqx.nn._random import split
 from s5eqx.nn._read_out import AbstractReadOut
 from s5eqx.nn.activations import GLU, Gelu
@@ -153,7 +153,7 @@ class LongConv(AbstractReadOut):
     recurrence: ClassVar[tuple[str, ...]] = ()
     resets: ClassVar[bool] = True
 
-    conv: SquashedConvolution
+    conv: AbstractCausalMixer
     activation: Callable
     dropout: eqx.nn.Dropout
     output_linear: GLU | eqx.nn.Linear
@@ -195,7 +195,7 @@ class LongConv(AbstractReadOut):
         dense = GLU if glu else eqx.nn.Linear
         self.output_linear = dense(channels * width, width, key=linear_key)
 
-    def init_state(self) -> State:
+    def init_state(self) -> PyTree[Array]:
         return self.conv.init_state()
 
     def forward(self, run, state, x, key):

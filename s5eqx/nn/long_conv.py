@@ -10,7 +10,7 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_rate
-from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
+from s5eqx.nn._mixer import refuse_reset
 from s5eqx.nn._random import split
 from s5eqx.nn._read_out import AbstractReadOut
 from s5eqx.nn.activations import GLU, Gelu
@@ -153,7 +153,7 @@ class LongConv(AbstractReadOut):
     recurrence: ClassVar[tuple[str, ...]] = ()
     resets: ClassVar[bool] = True
 
-    conv: AbstractCausalMixer
+    conv: SquashedConvolution
     activation: Callable
     dropout: eqx.nn.Dropout
     output_linear: GLU | eqx.nn.Linear

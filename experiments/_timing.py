@@ -62,3 +62,11 @@ def where() -> dict[str, str]:
         "jax": jax.__version__,
         "python": sys.version.split()[0],
     }
+
+
+def over_lengths(axes: Any, lengths: list[int], *, xlabel: str, title: str) -> None:
+    """Names the horizontal axis of a logarithmic plot, and the plot."""
+    axes.set(xlabel=xlabel, title=title)
+    axes.xaxis.minorticks_off()
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.grid(alpha=0.3)

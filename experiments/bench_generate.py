@@ -12,8 +12,9 @@ Language models of one size (4 layers of width 64), batch 1, random weights:
 
 The first four are timed as they run, interleaved in each round. The last three take time that grows with the length, or
 with what is left of it: a token is timed at powers of two up to the length, and the times are summed over all tokens,
-linear in between. Every way is checked to give the tokens of `generate` (64 of them, greedily). Ten minutes on two
-cores. `--json FILE` keeps the numbers, `--plot FILE.png` draws them.
+linear in between. Every way is checked to give the tokens of `generate` (64 of them, greedily). Before that, a table of
+tiles, as sums of products and as FFTs: `ops.online_conv.BLOCK` is where they cross. Ten minutes on two cores.
+`--json FILE` keeps the numbers, `--plot FILE.png` draws them.
 """
 
 import dataclasses
@@ -28,10 +29,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from _timing import check_settings, where
+from _timing import check_settings, over_lengths, where
 from jax import lax
 
-from s5eqx import nn
+from s5eqx import nn, ops
 from s5eqx.distill import distill_model
 from s5eqx.generate import generate
 from s5eqx.models import LanguageModel
@@ -174,6 +175,19 @@ def measure(settings, length):
     return seconds
 
 
+def measure_tiles(channels, sizes=(16, 32, 64, 128, 256)):
+    """Seconds of a tile of each size, as sums of products and as FFTs."""
+    direct, fft = jax.jit(ops.tile_in_block), jax.jit(ops.tile_of_blocks)
+
+    def both(size):
+        kernel = jr.normal(jr.key(0), (2 * size, channels))
+        spectrum = ops.tile_spectrum(kernel.T, size)
+        ways = (lambda: direct(kernel[None], kernel, size - 1), lambda: fft(kernel.T[None], spectrum, size))
+        return dict(zip(("direct", "fft"), (seconds_of(way, 20) for way in ways), strict=True))
+
+    return {size: both(size) for size in sizes}
+
+
 def report(rows):
     """Tables of seconds and of microseconds a token."""
     names = list(rows[0]["seconds"])
@@ -197,6 +211,13 @@ def report(rows):
         print(f"tiles against {name} at {last['length']:,}: {a_token(last, name) / a_token(last, 'hyena, tiles'):.0f}x")
 
 
+def report_tiles(rows, channels):
+    print(f"\nmicroseconds a tile, {channels} channels\n\n| slots | " + " | ".join(map(str, rows)) + " |")
+    print("|" + "---|" * (len(rows) + 1))
+    for name in ("direct", "fft"):
+        print(f"| {name} | " + " | ".join(f"{1e6 * row[name]:.0f}" for row in rows.values()) + " |")
+
+
 def draw(rows, file):
     import matplotlib
 
@@ -210,10 +231,7 @@ def draw(rows, file):
         panels[0].loglog(lengths, seconds, "o-", label=name)
         panels[1].loglog(lengths, lengths / seconds, "o-", label=name)
     for axes, title in zip(panels, ("seconds", "tokens a second"), strict=True):
-        axes.set(xlabel="tokens generated", title=title)
-        axes.xaxis.minorticks_off()
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.grid(alpha=0.3)
+        over_lengths(axes, lengths, xlabel="tokens generated", title=title)
     panels[0].legend()
     figure.savefig(file, dpi=150)
 
@@ -221,13 +239,15 @@ def draw(rows, file):
 def main(settings: Settings):
     check_settings(settings, seed=0)
     print(f"{where()}")
-    rows = []
+    channels = settings.layers * settings.width
+    tiles, rows = measure_tiles(channels), []
+    report_tiles(tiles, channels)
     for length in settings.lengths:
         rows.append({"length": length, "seconds": measure(settings, length)})
         print(json.dumps(rows[-1]), flush=True)
     report(rows)
     if settings.json:
-        settings.json.write_text(json.dumps({"where": where(), "rows": rows}, indent=1) + "\n")
+        settings.json.write_text(json.dumps({"where": where(), "tiles": tiles, "rows": rows}, indent=1) + "\n")
     if settings.plot:
         draw(rows, settings.plot)
 

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from _timing import TUNED, check_settings, in_a_process_of_its_own, interleaved_medians, where
+from _timing import TUNED, check_settings, in_a_process_of_its_own, interleaved_medians, over_lengths, where
 from bench_layer import real_products
 
 from s5eqx.data import AssocRecall
@@ -301,10 +301,7 @@ def draw(result, file):
     for axes, what, scale, title in zip(panels, *columns, strict=True):
         for name in rows[0][what]:
             axes.loglog(lengths, [scale * row[what][name] for row in rows], "o-", label=name)
-        axes.set(xlabel="length in tokens", title=f"batch 1: {title}")
-        axes.xaxis.minorticks_off()
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.grid(alpha=0.3)
+        over_lengths(axes, lengths, xlabel="length in tokens", title=f"batch 1: {title}")
     panels[0].legend()
     figure.savefig(file, dpi=150)
 

@@ -20,8 +20,8 @@ from jax import lax
 from s5eqx._typing import Array, Complex, Float, Int, checked
 
 BLOCK = 64
-"""Slots of a block: the size from which on an FFT is the faster tile. On a CPU of two cores, with 64 and 256 channels,
-the two take the same time at 64 slots, within a third; at 32 direct tiles are faster, at 256 FFTs, twice."""
+"""Slots of a block: the size from which on an FFT is the faster tile, on CPU with 64 to 1,024 channels. The command
+`python experiments/bench_generate.py` measures it."""
 
 
 @checked

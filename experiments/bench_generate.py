@@ -10,11 +10,12 @@ Language models of one size (4 layers of width 64), batch 1, random weights:
 - `hyena, eager`: each input is at once multiplied with the kernel and added to all outputs to come;
 - `hyena, naive`: each token by a parallel pass over the sequence up to it.
 
-The first four are timed as they run, interleaved in each round. The last three take time that grows with the length, or
-with what is left of it: a token is timed at powers of two up to the length, and the times are summed over all tokens,
-linear in between. Every way is checked to give the tokens of `generate` (64 of them, greedily). Before that, a table of
-tiles, as sums of products and as FFTs: `ops.online_conv.BLOCK` is where they cross. Ten minutes on two cores.
-`--json FILE` keeps the numbers, `--plot FILE.png` draws them.
+The first four are timed as they run, interleaved in each round. A token of the last three is timed: by the window it
+takes the same time anywhere; in the other two ways the time grows with the length, or with what is left of it, so it is
+taken at powers of two up to the length and summed over all tokens, linear in between. Every way is checked to give the
+tokens of `generate` (64 of them, greedily). Before that, a table of tiles, as sums of products and as FFTs:
+`ops.online_conv.BLOCK` is where they cross. Ten minutes on two cores. `--json FILE` keeps the numbers,
+`--plot FILE.png` draws them.
 """
 
 import dataclasses

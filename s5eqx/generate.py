@@ -1,11 +1,12 @@
 """Generation: the tokens that a model goes on with, each drawn from what the parallel pass would give at its place.
 
 A state-space model takes the same time for every token, attention what its cache takes. Long convolutions take
-O(log^2 L) a token: all of a model share the tiles of `s5eqx.ops.online_conv`, whose clock starts where the prompt ends.
+O(log^2 L) a token in the mean, most of it at a few of the tokens: all of a model share the tiles of
+`s5eqx.ops.online_conv`, whose clock starts where the prompt ends.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,7 +17,7 @@ from jax import lax
 from jax.core import Tracer
 
 from s5eqx import ops
-from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
+from s5eqx._typing import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree, checked
 from s5eqx.models import LanguageModel
 from s5eqx.models._pieces import each_row
 from s5eqx.nn import AbstractCausalMixer, Attention, materialise
@@ -26,6 +27,9 @@ from s5eqx.ops.online_conv import BLOCK
 from s5eqx.samplers import Greedy
 
 Sampler = Callable[[Float[Array, " V"], PRNGKeyArray, Int[Array, ""]], Int[Array, ""]]
+
+
+_ON_HOST = "generate and stream run their loop on the host: call them outside jax.jit and jax.vmap."
 
 
 class Generation(NamedTuple):
@@ -51,31 +55,32 @@ class Token(NamedTuple):
 @checked
 def generate(
     model: AbstractCausalMixer,
-    prompt: Int[Array, " L"] | Int[Array, "B L"] | Sequence[Int[Array, " _"]] | Sequence[int],
+    prompt: Integer[Array, " L"] | Integer[Array, "B L"] | Sequence[Any],
     num_tokens: int,
     *,
     key: PRNGKeyArray,
     sampler: Sampler = Greedy(),
-    stop: int | Sequence[int] | None = None,
+    stop: int | Sequence[Any] | None = None,
 ) -> Generation:
     """`num_tokens` tokens that follow each prompt.
 
     **Arguments:**
 
     - `model`: a `LanguageModel`, or another causal mixer from tokens to logits. It runs in inference mode.
-    - `prompt`: one sequence, a batch, or a list of sequences that may differ in length.
+    - `prompt`: a sequence of tokens, a batch of such, or a list of sequences that may differ in length.
     - `num_tokens`: after each prompt; prompt and tokens together must not be longer than the model takes.
     - `key`: row `b` draws token `t` with `fold_in(fold_in(key, b), t)`.
     - `sampler`: `sampler(logits, key, t) -> token`, `t` counted from the end of the prompt; see `s5eqx.samplers`.
     - `stop`: a token, or several, that end a row. When all rows have ended, the rest is not computed.
 
-    The common part of the prompts is read in pieces whose lengths are powers of two, in parallel; then each row goes on
-    with its own. A program is compiled for each of these lengths, one for the step, and with long convolutions one for
-    each power of two up to `num_tokens`. All are used again for any other prompt and `num_tokens`. The loop over them
-    runs on the host, so it cannot be inside `jax.jit` or `jax.vmap`.
+    The common part of the prompts is read in parallel, in pieces whose lengths are powers of two; then each row goes on
+    with its own, token by token. Programs are compiled for each of these lengths and for the step, and for long
+    convolutions one for each size of tile, for each power of two that `num_tokens` is rounded up to. They serve all
+    prompts, keys and numbers of tokens; not another number of rows. The loop over them runs on the host, so it cannot
+    be inside `jax.jit` or `jax.vmap`. Implicit filters are evaluated in each call: `s5eqx.nn.materialise` does it once.
 
-    **Raises:** `ValueError` for a prompt or settings that the model cannot take, `FloatingPointError` where logits are
-    NaN.
+    **Raises:** `ValueError` for a prompt or settings that the model cannot take and for a sampler that draws no token,
+    `FloatingPointError` where logits are NaN.
 
     Source: for long convolutions Oncescu et al., "Flash Inference" (arXiv 2410.12982).
     """
@@ -92,18 +97,18 @@ def generate(
     ended = np.isin(tokens, stop)
     lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, num_tokens)
     out = Generation(tokens, log_probs, lengths)
-    return out if _is_batch(prompt) else Generation(*(a[0] for a in out))
+    return out if _is_batch(prompt) else Generation(*(a[0, ...] for a in out))
 
 
 @checked
 def stream(
     model: AbstractCausalMixer,
-    prompt: Int[Array, " L"] | Sequence[int],
+    prompt: Integer[Array, " L"] | Sequence[Any],
     num_tokens: int,
     *,
     key: PRNGKeyArray,
     sampler: Sampler = Greedy(),
-    stop: int | Sequence[int] | None = None,
+    stop: int | Sequence[Any] | None = None,
     every: int = 1,
 ) -> Iterator[Token]:
     """The tokens of `generate` for one prompt, one by one as they come; the last one is the stop token, if one comes.
@@ -127,38 +132,43 @@ def _one_by_one(pieces, stop):
 
 class _Carry(eqx.Module):
     """What goes from step to step, for all rows: `t` counts tokens from the end of a row's prompt, `token` is the last
-    one drawn, `nan` the `t` at which logits were NaN, or -1."""
+    one drawn, `failed` the `t` at which logits were NaN or no token was drawn, or -1."""
 
     state: PyTree[Array]
     slots: Float[Array, "B K C"]
     t: Int[Array, " B"]
     token: Int[Array, " B"]
     ended: Bool[Array, " B"]
-    nan: Int[Array, " B"]
+    failed: Int[Array, " B"]
 
 
 def _run(model, rows, num_tokens, key, sampler, stop, every):
     """Checks what is asked, at once. The iterator that it returns gives tokens and log-probabilities of all rows, those
     in the longer prompts too, at each step from the end of the common prompt."""
     model = materialise(eqx.nn.inference_mode(model))
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model, key))):
+        raise ValueError(_ON_HOST)
     state, vocab_size = _start(model, len(rows))
     _check(model, vocab_size, rows, num_tokens, stop)
-    return _dispatch(model, state, rows, num_tokens, key, sampler, stop, every)
+    rows, stop = [row.astype(np.int32) for row in rows], stop.astype(np.int32)
+    return _dispatch(model, vocab_size, state, rows, num_tokens, key, sampler, stop, every)
 
 
-def _dispatch(model, state, rows, num_tokens, key, sampler, stop, every):
-    shortest, longest = min(map(len, rows)), max(map(len, rows))
-    steps = longest - shortest + num_tokens
+def _dispatch(model, vocab_size, state, rows, num_tokens, key, sampler, stop, every):
+    lengths = np.array([len(row) for row in rows])
+    shortest = lengths.min()
+    steps = int(lengths.max() - shortest) + num_tokens
     state = _prefill(model, state, np.stack([row[: shortest - 1] for row in rows]))
     # The last common token is the first one that is stepped, with what follows it in longer prompts.
     given = np.zeros((len(rows), steps + BLOCK), np.int32)
     for line, row in zip(given, rows, strict=True):
         line[: len(row) - shortest + 1] = row[shortest - 1 :]
-    t = jnp.asarray([shortest - len(row) for row in rows], jnp.int32)
-    state, slots, kernel = _lay_tapes(model, t, state, size=max(BLOCK, 1 << (steps - 1).bit_length()))
-    carry = _Carry(state, _block(slots, 0), t, jnp.zeros_like(t), jnp.zeros(len(rows), bool), jnp.full_like(t, -1))
+    starts = np.int32(lengths - shortest)
+    carry, slots, kernel = _lay_tapes(model, -starts, state, max(BLOCK, 1 << (steps - 1).bit_length()), BLOCK)
     keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(len(rows), dtype=jnp.int32))
-    fixed = model, sampler, kernel[:, :BLOCK].T, keys, jnp.asarray(stop, jnp.int32)
+    size = 1 << max(len(stop) - 1, 0).bit_length()  # not a program for each number of them
+    stop = np.pad(stop, (0, size - len(stop)), constant_values=-1)
+    fixed = model, sampler, kernel[:, :BLOCK].T, keys, stop
     spectra = {}
     for done in range(0, steps, BLOCK):
         if done and len(kernel):
@@ -171,9 +181,12 @@ def _dispatch(model, state, rows, num_tokens, key, sampler, stop, every):
             last = min(first + every, BLOCK, steps - done)
             now = given[:, done : done + BLOCK], np.int32(first), np.int32(last), np.int32(num_tokens)
             carry, tokens, log_probs = _advance((*fixed, *now), carry)
-            ended, nan, *out = jax.device_get((carry.ended, carry.nan, tokens, log_probs))
-            _check_numbers(nan)
-            yield [a[:, first:last] for a in out]
+            ended, failed, tokens, log_probs = jax.device_get((carry.ended, carry.failed, tokens, log_probs))
+            until = np.where(failed < 0, last, starts + failed - done)
+            row = int(np.argmin(until))
+            yield tokens[:, first : until[row]], log_probs[:, first : until[row]]
+            if failed[row] >= 0:
+                _fail(row, failed[row], tokens[row, until[row]], vocab_size)
             if ended.all():
                 return
 
@@ -203,11 +216,14 @@ def _read(model_and_tokens, state):
 
 
 @eqx.filter_jit
-def _lay_tapes(model, t, state, size):
-    """States for steps in tiles, and for all steps to come what the prompt adds to them, and the kernels."""
+def _lay_tapes(model, t, state, size, block):
+    """What steps in tiles start from; for all steps to come what the prompt adds to them, and the kernels."""
     one = lambda t, state: lay_tape(model, state, jnp.zeros_like(t), size)
     _, _, kernel = one(t[0], jax.tree.map(lambda a: a[0], state))
-    return *each_row(lambda t, state: one(t, state)[:2], t, state), kernel
+    state, slots = each_row(lambda t, state: one(t, state)[:2], t, state)
+    t = jnp.asarray(t)
+    carry = _Carry(state, _block(slots, 0, block), t, jnp.zeros_like(t), t != t, jnp.full_like(t, -1))
+    return carry, slots, kernel
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -218,20 +234,19 @@ def _advance(fixed, carry):
     def step(i, loop):
         carry, tokens, log_probs = loop
         fed = jnp.where(carry.t <= 0, given[:, i], carry.token)
-        state, row, logits = each_row(one, carry.state, carry.slots[:, i], fed)
+        state, row, logits = jax.vmap(one)(carry.state, carry.slots[:, i], fed)
         slots = carry.slots
         if kernel.size:
             slots = ops.tile_in_block(slots.at[:, i].set(row), kernel, i)
-        drawn = each_row(draw, logits, keys, jnp.maximum(carry.t, 0))
+        drawn = jax.vmap(draw)(logits, keys, jnp.maximum(carry.t, 0))
         token = jnp.where(carry.ended, carry.token, drawn)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
         log_prob = jnp.where(carry.ended, 0, log_prob)
         counts = (carry.t >= 0) & ~carry.ended
-        nan = counts & jnp.any(jnp.isnan(logits), axis=1)
+        fails = jnp.any(jnp.isnan(logits), axis=1) | (token < 0) | (token >= logits.shape[1])
+        failed = jnp.where(counts & fails & (carry.failed < 0), carry.t, carry.failed)
         ends = counts & (jnp.any(token[:, None] == stop[None], axis=1) | (carry.t + 1 >= num_tokens))
-        carry = _Carry(
-            state, slots, carry.t + 1, token, carry.ended | ends, jnp.where(nan & (carry.nan < 0), carry.t, carry.nan)
-        )
+        carry = _Carry(state, slots, carry.t + 1, token, carry.ended | ends, failed)
         return carry, tokens.at[:, i].set(token), log_probs.at[:, i].set(log_prob.astype(log_probs.dtype))
 
     def one(state, row, token):
@@ -239,7 +254,10 @@ def _advance(fixed, carry):
         return state, get_row(state), logits.astype(np.promote_types(logits.dtype, np.float32))
 
     def draw(logits, key, t):
-        return sampler(logits, jr.fold_in(key, t), t).astype(jnp.int32)
+        token = jnp.asarray(sampler(logits, jr.fold_in(key, t), t))
+        if token.shape or not jnp.issubdtype(token.dtype, jnp.integer):
+            raise ValueError(f"A sampler must return one integer, a token; got {token.dtype}{list(token.shape)}.")
+        return token.astype(jnp.int32)
 
     tokens = jnp.zeros(given.shape, jnp.int32)
     return lax.fori_loop(first, last, step, (carry, tokens, jnp.zeros(given.shape)))
@@ -254,13 +272,13 @@ def _spectrum(kernel, size):
 def _end_block(fixed, slots, block):
     """The slots after `done` steps, of which `block` holds the last, and the next block."""
     spectrum, done = fixed
-    slots = lax.dynamic_update_slice_in_dim(slots, block.swapaxes(1, 2), done - BLOCK, axis=2)
+    slots = lax.dynamic_update_slice_in_dim(slots, block.swapaxes(1, 2), done - block.shape[1], axis=2)
     slots = ops.tile_of_blocks(slots, spectrum, done)
-    return slots, _block(slots, done)
+    return slots, _block(slots, done, block.shape[1])
 
 
-def _block(slots, done):
-    return lax.dynamic_slice_in_dim(slots, done, BLOCK, axis=2).swapaxes(1, 2)
+def _block(slots, done, size):
+    return lax.dynamic_slice_in_dim(slots, done, size, axis=2).swapaxes(1, 2)
 
 
 def _is_batch(prompt):
@@ -269,27 +287,31 @@ def _is_batch(prompt):
 
 def _rows(prompt):
     """The prompts as numpy arrays."""
-    if any(isinstance(a, Tracer) for a in jax.tree.leaves(prompt)):
-        raise ValueError("generate runs its loop on the host: call it outside jax.jit and jax.vmap.")
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(prompt)):
+        raise ValueError(_ON_HOST)
     rows = [np.asarray(row) for row in (prompt if _is_batch(prompt) else [prompt])]
     if not rows or any(row.ndim != 1 or not row.size for row in rows):
         raise ValueError(
             "Every prompt must be a sequence of at least one token; got shapes "
             f"{[row.shape for row in rows]}. To start from nothing, give the token that starts a text."
         )
-    if any(row.dtype.kind not in "iu" for row in rows):
-        raise ValueError(f"Tokens must be integers; got a prompt of {rows[0].dtype}.")
-    return rows
+    return [_integers(row, "prompt") for row in rows]
 
 
 def _stop(stop):
-    return () if stop is None else tuple(np.atleast_1d(stop).tolist())
+    return np.zeros(0, int) if stop is None else _integers(np.atleast_1d(stop), "stop")
+
+
+def _integers(tokens, name):
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise ValueError(f"Every token of {name} must be an integer; got {tokens.dtype}.")
+    return tokens
 
 
 def _check(model, vocab_size, rows, num_tokens, stop):
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1; got {num_tokens}.")
-    for name, tokens in ("prompt", np.concatenate(rows)), ("stop", np.asarray(stop, int)):
+    for name, tokens in [("prompt", row) for row in rows] + [("stop", stop)]:
         outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
         if outside.size:
             raise ValueError(f"Every token of {name} must lie in [0, {vocab_size}); got {outside[0]}.")
@@ -306,10 +328,8 @@ def _check(model, vocab_size, rows, num_tokens, stop):
         )
 
 
-def _check_numbers(nan):
-    if (nan >= 0).any():
-        row = int(np.argmax(nan >= 0))
-        raise FloatingPointError(
-            f"The logits of token {nan[row]} after the prompt are NaN (row {row}). Look for parameters that are not "
-            "finite, and for a sampler that draws tokens outside the vocabulary."
-        )
+def _fail(row, t, token, vocab_size):
+    where = f"token {t} after the prompt (row {row})"
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"A sampler must draw tokens in [0, {vocab_size}); it drew {token} as {where}.")
+    raise FloatingPointError(f"The logits of {where} are NaN. Look for parameters that are not finite.")

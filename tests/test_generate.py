@@ -103,7 +103,7 @@ def test_the_parallel_pass_gives_the_same_logits(group, key, x64, monkeypatch):
     mixers = lambda key: tuple(CASES[name].build(key) for name in GROUPS[group])
     model = build(Case(lambda key: language_model(key, mixers(key))), key)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, V, n) for n in (6, 9)]
+    prompts = [rng.integers(0, V, n).astype(np.uint8) for n in (6, 9)]
     recorder, size = Recorder(Temperature(1.0)), 43
     out = generate(model, prompts, size, key=key, sampler=recorder)
     logits = recorder.logits(key, 2, size)
@@ -170,14 +170,14 @@ def test_stop(hyena, key):
 
 
 def test_one_program_for_all(hyena, key):
-    """For any number of tokens, prompt, key, stop token and temperature."""
+    """For any number of tokens, prompt, key and stop token."""
 
     @eqx.debug.assert_max_traces(max_traces=1)
     def sampler(logits, key, t):
         return jr.categorical(key, logits).astype(jnp.int32)
 
     reads = eqx.debug.get_num_traces(sampler)
-    for length, size, stop in ((5, 3, 1), (8, 70, 2), (23, 150, 3)):
+    for length, size, stop in ((5, 3, None), (8, 70, 2), (23, 150, 3)):
         generate(hyena, np.arange(length) % V, size, key=jr.key(length), sampler=sampler, stop=stop)
     assert eqx.debug.get_num_traces(sampler) == reads + 1
 
@@ -229,6 +229,8 @@ def test_bad_input(hyena, key):
     refused = [
         (lambda: ask(np.zeros(0, int)), r"at least one token; got shapes \[\(0,\)\]"),
         (lambda: generate(hyena, [], 3, key=key), r"at least one token"),
+        (lambda: generate(hyena, [[1, 2], [1.0]], 3, key=key), "token of prompt must be an integer; got float64"),
+        (lambda: ask(stop=(1, 2.5)), "token of stop must be an integer; got float64"),
         (lambda: generate(hyena, [np.ones(2, int), np.zeros(0, int)], 3, key=key), r"shapes \[\(2,\), \(0,\)\]"),
         (lambda: ask((1, V)), rf"token of prompt must lie in \[0, {V}\); got {V}"),
         (lambda: ask((-1,)), rf"token of prompt must lie in \[0, {V}\); got -1"),
@@ -242,16 +244,43 @@ def test_bad_input(hyena, key):
         (lambda: stream(hyena, np.ones(2, int), 3, key=key, every=0), "every is the number .* got 0"),
         (lambda: stream(hyena, np.ones(2, int), 300, key=key), "at most 256 tokens"),
         (lambda: jax.jit(lambda prompt: generate(hyena, prompt, 3, key=key))(jnp.ones(2, int)), "outside jax.jit"),
+        (lambda: jax.jit(lambda key: generate(hyena, [1], 3, key=key))(key), "outside jax.jit"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_nan_logits(hyena, key):
+@pytest.mark.parametrize("every", [1, 6])
+def test_failures(hyena, key, every):
     """Which token; what came before it is not lost in a stream."""
-    seen, leaves = [], lambda logits, key, t: jnp.where(t == 2, V, t)
-    with pytest.raises(FloatingPointError, match=r"logits of token 3 after the prompt are NaN \(row 0\)"):
-        for token, _ in stream(hyena, np.ones(1, int), 6, key=key, sampler=leaves):
-            seen.append(token)
-    assert seen == [0, 1, V]
+    nan = eqx.tree_at(lambda model: model.embedding, hyena, hyena.embedding.at[3].set(jnp.nan))
+    for model, sampler, error, message, before in (
+        (
+            hyena,
+            lambda logits, key, t: jnp.where(t == 2, V, t),
+            ValueError,
+            r"it drew 7 as token 2 .*\(row 0\)",
+            [0, 1],
+        ),
+        (hyena, lambda logits, key, t: t - 1, ValueError, r"it drew -1 as token 0 .*\(row 0\)", []),
+        (
+            nan,
+            lambda logits, key, t: t,
+            FloatingPointError,
+            r"logits of token 0 after the prompt \(row 0\) are NaN",
+            [],
+        ),
+    ):
+        seen = []
+        with pytest.raises(error, match=message):
+            for token, _ in stream(model, [1], 6, key=key, sampler=sampler, every=every):
+                seen.append(token)
+        assert seen == before
+    for draws in (lambda logits, key, t: 0.5, lambda logits, key, t: logits.astype(int)):
+        with pytest.raises(ValueError, match="must return one integer"):
+            generate(hyena, [1], 6, key=key, sampler=draws)
+    # Of several rows, the first that fails.
+    late = lambda logits, key, t: jnp.where(t == 5, V, t)
+    with pytest.raises(ValueError, match=r"it drew 7 as token 5 after the prompt \(row 1\)"):
+        generate(hyena, [[1, 2, 3], [4]], 7, key=key, sampler=late)

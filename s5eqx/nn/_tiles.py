@@ -103,7 +103,7 @@ def _tape(conv, state, steps):
 
 def _side_by_side(arrays, *steps):
     """The arrays' channels, all axes but that of the steps, on one axis."""
-    dtype = np.result_type(*arrays) if arrays else np.float32
+    dtype = np.result_type(*(a.dtype for a in arrays)) if arrays else np.float32
     flat = [a.astype(dtype).reshape(-1, *steps) for a in arrays]
     return jnp.concatenate(flat) if flat else jnp.zeros((0, *steps), dtype)
 

@@ -14,7 +14,8 @@ State = tuple[Int[Array, ""], Float[Array, "past D"]]
 
 
 class AbstractConvolution(AbstractCausalMixer):
-    """A causal mixer that convolves, and whose state is that of `Convolution`. Output `i` hears input `i mod D`."""
+    """A causal mixer that convolves with its `taps()` and does nothing else, whose state is that of `Convolution`.
+    Output `i` hears input `i mod D`."""
 
     @property
     @abc.abstractmethod

@@ -12,7 +12,7 @@ def materialise(model: PyTree) -> PyTree:
     """The same model with every bank's operators as they are now: implicit filters become explicit kernels.
 
     A step of an implicit filter evaluates its network at every tap, to use each once. Materialise a trained model
-    before it generates; gradients no longer reach the network.
+    before it generates or steps; gradients no longer reach the network.
     """
     is_node = lambda node: isinstance(node, AbstractFilterBank | Stack)
     return jax.tree.map(_explicit, model, is_leaf=is_node)
@@ -21,4 +21,11 @@ def materialise(model: PyTree) -> PyTree:
 def _explicit(node):
     if isinstance(node, Stack):
         return eqx.tree_at(lambda stack: stack.layer, node, eqx.filter_vmap(materialise)(node.layer))
-    return MixerBank(node.operators()) if isinstance(node, AbstractFilterBank) else node
+    if isinstance(node, AbstractFilterBank) and not isinstance(node, MixerBank):
+        return MixerBank(_operators(node))
+    return node
+
+
+@eqx.filter_jit
+def _operators(bank):
+    return bank.operators()

@@ -6,9 +6,9 @@ its `u`. After step `i`, counted from 1, a square tile takes the last `U` inputs
 divides `i`, to the next `U` slots. Each pair of an input and a later output lies in one tile, and a slot is complete,
 but for `k[0] u[t]`, when its step comes.
 
-There are two levels. Within a block of `BLOCK` steps tiles are smaller than a block, and sums of products. That level
-runs inside one compiled loop, on the block's slots alone: a branch on `i` copies what it may write to. Tiles of whole
-blocks are FFTs, which take over where they are the faster way.
+There are two levels. Within a block of `BLOCK` steps, tiles are smaller than a block and are computed as sums of
+products. That level runs inside one compiled loop, on the block's slots alone: a branch on `i` copies what it may write
+to. Tiles of whole blocks are computed by FFT, between two such loops.
 
 Source: Oncescu et al., "Flash Inference: Near Linear Time Inference for Long Convolution Sequence Models and Beyond"
 (arXiv 2410.12982).

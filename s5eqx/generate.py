@@ -84,8 +84,8 @@ def generate(
 
     Source: for long convolutions Oncescu et al., "Flash Inference" (arXiv 2410.12982).
     """
-    rows, stop = _rows(prompt), _stop(stop)
-    pieces = list(_run(model, rows, num_tokens, key, sampler, stop, every=BLOCK))
+    rows, stops = _rows(prompt), _stop(stop)
+    pieces = list(_run(model, rows, num_tokens, key, sampler, stops, every=BLOCK))
     tokens, log_probs = (np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True))
     starts = [len(row) - min(map(len, rows)) for row in rows]
     missing = max(starts) + num_tokens - tokens.shape[1]  # all rows ended before
@@ -94,7 +94,7 @@ def generate(
         np.stack([row[start : start + num_tokens] for row, start in zip(a, starts, strict=True)])
         for a in (tokens, log_probs)
     )
-    ended = np.isin(tokens, stop)
+    ended = np.isin(tokens, stops)
     lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, num_tokens)
     out = Generation(tokens, log_probs, lengths)
     return out if _is_batch(prompt) else Generation(*(a[0, ...] for a in out))
@@ -118,8 +118,10 @@ def stream(
     """
     if every < 1:
         raise ValueError(f"every is the number of tokens that are computed at a time, at least 1; got {every}.")
-    stop = _stop(stop)
-    return _one_by_one(_run(model, _rows(prompt), num_tokens, key, sampler, stop, every=every), stop)
+    if _is_batch(prompt):
+        raise ValueError(f"stream takes one prompt, a sequence of tokens; got {len(prompt)} of them. Use generate.")
+    stops = _stop(stop)
+    return _one_by_one(_run(model, _rows(prompt), num_tokens, key, sampler, stops, every=every), stops)
 
 
 def _one_by_one(pieces, stop):

@@ -71,10 +71,11 @@ def to_complex(pairs):
     return np.asarray(pairs[..., 0]) + 1j * np.asarray(pairs[..., 1])
 
 
-def drawn(build, key):
-    """The model with every weight drawn anew, which costs no compilation."""
+def drawn(build, key, dtype=None):
+    """The model with every weight drawn anew at one scale, so that no term hides behind a small one; it costs no
+    compilation."""
     rng = np.random.default_rng(2208)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype or leaf.dtype)
     skeleton = eqx.filter_eval_shape(build, key)
     return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import drawn
 
 from s5eqx import models, nn
 
@@ -127,11 +128,7 @@ every_case = pytest.mark.parametrize(
 
 
 def build(case, key, dtype=None):
-    """The mixer with every weight drawn anew at one scale, so that no term hides behind a small one."""
-    skeleton = eqx.filter_eval_shape(case.build, key)
-    rng = np.random.default_rng(2208)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype or leaf.dtype)
-    return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
+    return drawn(case.build, key, dtype)
 
 
 def inputs(case, seed=0, dtype=float):

@@ -280,3 +280,16 @@ def test_the_hybrid_of_the_readme(tmp_path):
     code, output, errors = run("hybrid.py", folder=tmp_path)
     assert code == 0, errors
     assert output == "12\n"
+
+
+@pytest.mark.slow
+def test_the_generation_of_the_readme(tmp_path):
+    """Its last lines: what is the same for a batch and a stream, and how well the filters came out."""
+    lines = "\nprint()\nprint(''.join(map(chr, tokens[0])))\nprint(max(error.max() for error in errors.values()))\n"
+    (tmp_path / "example.py").write_text(example_of_the_readme(2) + lines)
+    code, output, errors = run("example.py", folder=tmp_path)
+    assert code == 0, errors
+    text, error = output.rstrip("\n").rsplit("\n", 1)
+    assert 0 < float(error) < 1
+    scores = re.search(r"\[(-\d+\.\d+) +(-\d+\.\d+) *\]", text)
+    assert scores and all(float(score) < -100 for score in scores.groups())

@@ -242,6 +242,7 @@ def test_bad_input(hyena, key):
         (lambda: ask((1, 2), 7, attention), "at most 8 tokens; got a prompt of 2 and num_tokens=7"),
         (lambda: ask((1, 2), 11, stack), "at most 12 tokens; got a prompt of 2 and num_tokens=11"),
         (lambda: stream(hyena, np.ones(2, int), 3, key=key, every=0), "every is the number .* got 0"),
+        (lambda: stream(hyena, [[1, 2], [3]], 3, key=key), "one prompt, .* got 2 of them"),
         (lambda: stream(hyena, np.ones(2, int), 300, key=key), "at most 256 tokens"),
         (lambda: jax.jit(lambda prompt: generate(hyena, prompt, 3, key=key))(jnp.ones(2, int)), "outside jax.jit"),
         (lambda: jax.jit(lambda key: generate(hyena, [1], 3, key=key))(key), "outside jax.jit"),

@@ -23,6 +23,7 @@ ROWS = {
     "h3_conv": (lambda L: nn.h3_conv(D, L, key=jr.key(0)), {"2 (L - 1) D": 2 * (L - 1) * D}),
     "S4D": (lambda L: nn.S4D(D, N, key=jr.key(0)), {"N D": N * D}),
     "LongConv": (lambda L: nn.LongConv(D, L, key=jr.key(0)), {"(L - 1) D": (L - 1) * D}),
+    "ModalSSM": (lambda L: nn.ModalSSM(D, N, key=jr.key(0)), {"2 N D": 2 * N * D}),
     "Attention": (lambda L: nn.Attention(D, max_length=L, key=jr.key(0)), {"2 L D": 2 * L * D}),
     "LRU": (lambda L: nn.LRU(D, N, key=jr.key(0)), {"2 N": 2 * N}),
     "RGLRU": (lambda L: nn.RGLRU(D, key=jr.key(0)), {"D": D}),

@@ -41,7 +41,7 @@ class _Tape(eqx.Module):
 def in_tiles(
     mixer: AbstractCausalMixer, state: PyTree[Array], x_t: Any, key: PRNGKeyArray | None
 ) -> tuple[PyTree[Array], Any]:
-    """A step; a `Run`."""
+    """A step, as a `Run`: convolutions read their slot and leave their input in it, all else steps as ever."""
     if isinstance(mixer, AbstractConvolution):
         u = jnp.tile(x_t.astype(state.tap.dtype), state.tap.size // x_t.size)
         return Slot(u, state.tap), (state.row + state.tap * u).astype(x_t.dtype)

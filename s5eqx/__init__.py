@@ -4,7 +4,8 @@
     nn       layers, one file a published layer
     models   whole models
 
-`s5eqx.data`, `s5eqx.train` and `s5eqx.interop` are imported by name.
+`s5eqx.data`, `s5eqx.train`, `s5eqx.interop`, `s5eqx.generate`, `s5eqx.samplers`, `s5eqx.score` and `s5eqx.distill` are
+imported by name.
 """
 
 from s5eqx import models as models

@@ -28,7 +28,6 @@ from s5eqx.samplers import Greedy
 
 Sampler = Callable[[Float[Array, " V"], PRNGKeyArray, Int[Array, ""]], Int[Array, ""]]
 
-
 _ON_HOST = "generate and stream run their loop on the host: call them outside jax.jit and jax.vmap."
 
 
@@ -168,8 +167,8 @@ def _dispatch(model, vocab_size, state, rows, num_tokens, key, sampler, stop, ev
     starts = np.int32(lengths - shortest)
     carry, slots, kernel = _lay_tapes(model, -starts, state, max(BLOCK, 1 << (steps - 1).bit_length()), BLOCK)
     keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.arange(len(rows), dtype=jnp.int32))
-    size = 1 << max(len(stop) - 1, 0).bit_length()  # not a program for each number of them
-    stop = np.pad(stop, (0, size - len(stop)), constant_values=-1)
+    room = 1 << max(len(stop) - 1, 0).bit_length()  # not a program for each number of them
+    stop = np.pad(stop, (0, room - len(stop)), constant_values=-1)
     fixed = model, sampler, kernel[:, :BLOCK].T, keys, stop
     spectra = {}
     for done in range(0, steps, BLOCK):

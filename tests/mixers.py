@@ -88,9 +88,6 @@ CASES = {
     "h3": Case(lambda key: nn.h3(D, 4, key=key), fft=True),
     "h3_heads": Case(lambda key: nn.h3(D, 4, head_dim=3, key=key), fft=True),
     "modal": Case(lambda key: nn.ModalSSM(D, 3, key=key), fft=True),
-    "hyena_modal_heads": Case(
-        lambda key: nn.Hyena(D, nn.MixerBank((nn.ModalSSM(3, 2, key=key),)), num_heads=3, key=key), fft=True
-    ),
     "h3_conv": Case(lambda key: nn.h3_conv(D, LONGEST, kernel_dropout=0.0, key=key), fft=True, resets=False),
     "long_conv": Case(
         lambda key: nn.LongConv(D, LONGEST, channels=2, smooth=nn.SmoothTime(3), key=key), fft=True, resets=False

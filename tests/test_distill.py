@@ -160,6 +160,7 @@ def test_language_model(key, x64):
     assert nn.takes_reset(distilled)
 
 
+@pytest.mark.slow
 def test_stack(key, x64):
     plain, stacked = (distill_model(language_model(key, stack=stack), 3, steps=0) for stack in (False, True))
     assert isinstance(stacked[0].backbone.blocks, nn.Stack)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -97,9 +98,13 @@ def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path):
         (["--order", "1"], "order must be at least 2"),
     ],
 )
-def test_assoc_recall_refuses(words, complaint, tmp_path):
-    code, _, errors = run(SCRIPT, *words, folder=tmp_path)
-    assert code != 0 and complaint in errors and "Traceback" not in errors
+def test_assoc_recall_refuses(words, complaint, tmp_path, monkeypatch):
+    """In one line, before it makes a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit, match=complaint):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

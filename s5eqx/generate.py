@@ -14,21 +14,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from s5eqx import ops
+from s5eqx._prompts import Prompt, check_request, is_batch, read_prompts, read_stop, refuse_tracers
 from s5eqx._typing import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree, checked
-from s5eqx.models import LanguageModel
 from s5eqx.models._pieces import each_row
-from s5eqx.nn import AbstractCausalMixer, Attention, materialise
+from s5eqx.nn import AbstractCausalMixer, materialise
 from s5eqx.nn._tiles import get_row, in_tiles, lay_tape, set_row
-from s5eqx.nn.convolution import AbstractConvolution
 from s5eqx.ops.online_conv import BLOCK
 from s5eqx.samplers import Greedy
 
 Sampler = Callable[[Float[Array, " V"], PRNGKeyArray, Int[Array, ""]], Int[Array, ""]]
-
-_ON_HOST = "generate and stream run their loop on the host: call them outside jax.jit and jax.vmap."
 
 
 class Generation(NamedTuple):
@@ -54,7 +50,7 @@ class Token(NamedTuple):
 @checked
 def generate(
     model: AbstractCausalMixer,
-    prompt: Integer[Array, " L"] | Integer[Array, "B L"] | Sequence[Any],
+    prompt: Prompt,
     num_tokens: int,
     *,
     key: PRNGKeyArray,
@@ -83,20 +79,17 @@ def generate(
 
     Source: for long convolutions Oncescu et al., "Flash Inference" (arXiv 2410.12982).
     """
-    rows, stops = _rows(prompt), _stop(stop)
+    rows, stops = read_prompts(prompt), read_stop(stop)
     pieces = list(_run(model, rows, num_tokens, key, sampler, stops, every=BLOCK))
     tokens, log_probs = (np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True))
     starts = [len(row) - min(map(len, rows)) for row in rows]
-    missing = max(starts) + num_tokens - tokens.shape[1]  # all rows ended before
-    tokens, log_probs = (np.pad(a, ((0, 0), (0, missing)), m) for a, m in ((tokens, "edge"), (log_probs, "constant")))
-    tokens, log_probs = (
-        np.stack([row[start : start + num_tokens] for row, start in zip(a, starts, strict=True)])
-        for a in (tokens, log_probs)
-    )
+    rest = (0, 0), (0, max(starts) + num_tokens - tokens.shape[1])  # where all rows have ended before
+    own = lambda a: np.stack([row[start : start + num_tokens] for row, start in zip(a, starts, strict=True)])
+    tokens, log_probs = own(np.pad(tokens, rest, "edge")), own(np.pad(log_probs, rest))
     ended = np.isin(tokens, stops)
     lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, num_tokens)
     out = Generation(tokens, log_probs, lengths)
-    return out if _is_batch(prompt) else Generation(*(a[0, ...] for a in out))
+    return out if is_batch(prompt) else Generation(*(a[0, ...] for a in out))
 
 
 @checked
@@ -117,10 +110,10 @@ def stream(
     """
     if every < 1:
         raise ValueError(f"every is the number of tokens that are computed at a time, at least 1; got {every}.")
-    if _is_batch(prompt):
+    if is_batch(prompt):
         raise ValueError(f"stream takes one prompt, a sequence of tokens; got {len(prompt)} of them. Use generate.")
-    stops = _stop(stop)
-    return _one_by_one(_run(model, _rows(prompt), num_tokens, key, sampler, stops, every=every), stops)
+    stops = read_stop(stop)
+    return _one_by_one(_run(model, read_prompts(prompt), num_tokens, key, sampler, stops, every=every), stops)
 
 
 def _one_by_one(pieces, stop):
@@ -147,10 +140,9 @@ def _run(model, rows, num_tokens, key, sampler, stop, every):
     """Checks what is asked, at once. The iterator that it returns gives tokens and log-probabilities of all rows, those
     in the longer prompts too, at each step from the end of the common prompt."""
     model = materialise(eqx.nn.inference_mode(model))
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model, key))):
-        raise ValueError(_ON_HOST)
+    refuse_tracers((model, key))
     state, vocab_size = _start(model, len(rows))
-    _check(model, vocab_size, rows, num_tokens, stop)
+    check_request(model, vocab_size, rows, num_tokens, stop)
     rows, stop = [row.astype(np.int32) for row in rows], stop.astype(np.int32)
     return _dispatch(model, vocab_size, state, rows, num_tokens, key, sampler, stop, every)
 
@@ -280,53 +272,6 @@ def _end_block(fixed, slots, block):
 
 def _block(slots, done, size):
     return lax.dynamic_slice_in_dim(slots, done, size, axis=2).swapaxes(1, 2)
-
-
-def _is_batch(prompt):
-    return (isinstance(prompt, list | tuple) and any(np.ndim(row) for row in prompt)) or np.ndim(prompt) > 1
-
-
-def _rows(prompt):
-    """The prompts as numpy arrays."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(prompt)):
-        raise ValueError(_ON_HOST)
-    rows = [np.asarray(row) for row in (prompt if _is_batch(prompt) else [prompt])]
-    if not rows or any(row.ndim != 1 or not row.size for row in rows):
-        raise ValueError(
-            "Every prompt must be a sequence of at least one token; got shapes "
-            f"{[row.shape for row in rows]}. To start from nothing, give the token that starts a text."
-        )
-    return [_integers(row, "prompt") for row in rows]
-
-
-def _stop(stop):
-    return np.zeros(0, int) if stop is None else _integers(np.atleast_1d(stop), "stop")
-
-
-def _integers(tokens, name):
-    if tokens.size and tokens.dtype.kind not in "iu":
-        raise ValueError(f"Every token of {name} must be an integer; got {tokens.dtype}.")
-    return tokens
-
-
-def _check(model, vocab_size, rows, num_tokens, stop):
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1; got {num_tokens}.")
-    for name, tokens in [("prompt", row) for row in rows] + [("stop", stop)]:
-        outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-        if outside.size:
-            raise ValueError(f"Every token of {name} must lie in [0, {vocab_size}); got {outside[0]}.")
-    bounded = lambda node: isinstance(node, AbstractConvolution | Attention)
-    limits = [node.max_length for node in jax.tree.leaves(model, is_leaf=bounded) if bounded(node)]
-    if isinstance(model, LanguageModel) and model.positions is not None:
-        limits.append(len(model.positions))
-    limit = min((n for n in limits if n is not None), default=None)
-    longest = max(map(len, rows))
-    if limit is not None and longest + num_tokens > limit:
-        raise ValueError(
-            f"The model takes sequences of at most {limit} tokens; got a prompt of {longest} and num_tokens="
-            f"{num_tokens}. Ask for fewer, shorten the prompt, or build the model with a larger max_length."
-        )
 
 
 def _fail(row, t, token, vocab_size):

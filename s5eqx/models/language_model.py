@@ -18,6 +18,7 @@ from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 from s5eqx.nn._position import positions
 from s5eqx.nn._random import split
 from s5eqx.nn.block import Block
+from s5eqx.nn.linear import times_transposed
 from s5eqx.nn.mlp import MLP
 from s5eqx.nn.stack import Stack
 
@@ -115,9 +116,7 @@ class LanguageModel(AbstractComposed):
     @checked
     def unembed(self, h: Float[Array, "*L D"]) -> Float[Array, "*L V"]:
         """Logits, at least float32, of the tied embedding."""
-        dtype = np.promote_types(h.dtype, np.float32)
-        factors = (self.embedding, h) if h.ndim == 1 else (h, self.embedding.T)
-        return jnp.matmul(*factors, preferred_element_type=dtype)
+        return times_transposed(h, self.embedding, dtype=np.promote_types(h.dtype, np.float32))
 
     @checked
     def __call__(

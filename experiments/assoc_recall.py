@@ -19,7 +19,6 @@ START = time.perf_counter()
 
 import dataclasses
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from typing import Literal
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import tyro
+from _command import Place, parse
 
 from s5eqx import nn
 from s5eqx.data import AssocRecall
@@ -42,6 +41,7 @@ from s5eqx.train import (
     commit,
     fit,
     open_run,
+    resume_command,
 )
 
 
@@ -109,16 +109,6 @@ PRESETS = {
     "131k-30": dataclasses.replace(LONG, vocab_size=30),
     "131k-40": dataclasses.replace(LONG, vocab_size=40),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    run: Path | None = None
-    """The run's folder; a fresh one under runs/ if not named."""
-    resume: bool = False
-    """Continue the run in that folder."""
-    overwrite: bool = False
-    """Delete the run in that folder first."""
 
 
 def hyena_s5(s: Settings, key):
@@ -235,10 +225,7 @@ def main(preset: str, s: Settings, place: Place):
         seconds_before=time.perf_counter() - START,
     )
     if result.interrupted:
-        given = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        where = [] if place.run else ["--run", str(run.folder)]
-        command = shlex.join(["python", sys.argv[0], *given, *where, "--resume"])
-        print(f"stopped at step {result.step}; continue with:\n{command}")
+        print(f"stopped at step {result.step}; continue with:\n{resume_command(run.folder, sys.argv)}")
         return
     leaves = trainer.flatten(result.state)
     test = trainer.evaluate(leaves)
@@ -262,18 +249,7 @@ def main(preset: str, s: Settings, place: Place):
 
 
 if __name__ == "__main__":
-    name, arguments = "20-10", sys.argv[1:]
-    if arguments and not arguments[0].startswith("-"):
-        name, *arguments = arguments
-    if name not in PRESETS:
-        sys.exit(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    settings, place = tyro.cli(
-        tyro.conf.OmitArgPrefixes[tuple[Settings, Place]],
-        default=(PRESETS[name], Place()),
-        args=arguments,
-        prog=f"assoc_recall.py {name}",
-        description=__doc__,
-    )
+    name, settings, place = parse(PRESETS, Place(), __doc__, sys.argv)
     try:
         main(name, settings, place)
     except ValueError as error:

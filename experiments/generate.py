@@ -4,7 +4,8 @@
     python experiments/generate.py text.safetensors - --num-tokens 1000 --stop 10 < book.txt
     python experiments/generate.py --help                       # every setting
 
-A model of 256 tokens or more reads and writes UTF-8, one token a byte. With `--ids` the prompt and the output are
+A model of 256 tokens or more reads and writes UTF-8, one token a byte. With `--tokenizer tokenizer.json` it reads and
+writes text by that file, such as `wikitext103.py` puts beside its model. With `--ids` the prompt and the output are
 numbers of tokens, for any model. Ctrl-C ends the text. The last line of standard error has the speed and the settings.
 
 A model that recalls, trained in a minute and asked for the value of a key:
@@ -16,7 +17,6 @@ A model that recalls, trained in a minute and asked for the value of a key:
 Expected: 8. The prompt is ten pairs of a key, 1 to 4, and its value, 5 to 8; then 9, which is `=>`, and the key 2.
 """
 
-import codecs
 import dataclasses
 import json
 import os
@@ -27,7 +27,9 @@ from pathlib import Path
 import jax.random as jr
 import numpy as np
 import tyro
+from _alphabet import AbstractAlphabet, Numbers, Utf8, Words
 
+from s5eqx.data import read_tokenizer
 from s5eqx.generate import stream
 from s5eqx.interop import load
 from s5eqx.models import LanguageModel
@@ -42,6 +44,8 @@ class Settings:
     """What the model is to go on with; `-` reads it from standard input."""
     ids: bool = False
     """Prompt and output are numbers of tokens with spaces between them, not text."""
+    tokenizer: Path | None = None
+    """The tokenizer.json that says which text is which tokens; None for bytes."""
     num_tokens: int = 200
     """Tokens to generate."""
     temperature: float = 1.0
@@ -57,18 +61,34 @@ class Settings:
     seed: int = 0
     """Chooses what is drawn."""
     stop: tuple[int, ...] = ()
-    """Numbers of the tokens that end the text; of text they are bytes, so that 10 is the end of a line."""
+    """Numbers of the tokens that end the text; without a tokenizer they are bytes, so that 10 is the end of a line."""
     every: int = 1
     """Tokens computed before they are shown; more at a time are faster."""
 
 
-def read_prompt(s: Settings) -> list[int]:
+def alphabet(s: Settings, vocab_size: int) -> AbstractAlphabet:
+    """How prompt and output are written."""
+    if s.ids and s.tokenizer is not None:
+        raise ValueError("ids are numbers of tokens and a tokenizer makes text of them: leave out one of the two")
+    if s.ids:
+        return Numbers()
+    if s.tokenizer is None:
+        if vocab_size < 256:
+            raise ValueError(f"text needs a model of the 256 bytes, this one has {vocab_size} tokens; use --ids")
+        return Utf8()
+    tokenizer = read_tokenizer(s.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer must have at most the {vocab_size} tokens of the model, {s.tokenizer} has "
+            f"{tokenizer.vocab_size}; give the one that the model was trained with"
+        )
+    return Words(tokenizer)
+
+
+def read_prompt(s: Settings, letters: AbstractAlphabet) -> list[int]:
     """The tokens of the prompt."""
     text = sys.stdin.buffer.read() if s.prompt == "-" else s.prompt.encode(errors="surrogateescape")
-    try:
-        tokens = [int(word) for word in text.split()] if s.ids else list(text)
-    except ValueError as error:
-        raise ValueError(f"with --ids a prompt must be integers with spaces between them: {error}") from error
+    tokens = letters.read(text)
     if not tokens:
         raise ValueError("the prompt must have at least one token, got none")
     return tokens
@@ -92,31 +112,25 @@ def main(s: Settings):
     model = load(s.model)
     if not isinstance(model, LanguageModel):
         raise ValueError(f"{s.model} must hold a language model, it holds a {type(model).__name__}")
-    if len(model.embedding) < 256 and not s.ids:
-        raise ValueError(f"text needs a model of the 256 bytes, this one has {len(model.embedding)} tokens; use --ids")
-    prompt, draw = np.asarray(read_prompt(s)), sampler(s)
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    letters = alphabet(s, len(model.embedding))
+    prompt, draw = np.asarray(read_prompt(s, letters)), sampler(s)
     start, first, log_probs = time.perf_counter(), None, []
     tokens = stream(model, prompt, s.num_tokens, key=jr.key(s.seed), sampler=draw, stop=s.stop, every=s.every)
     try:
         for token, log_prob in tokens:
             first = first or time.perf_counter()
-            if s.ids:
-                text = f" {token}" if log_probs else str(token)
-            else:
-                text = decode(bytes([token])) if token < 256 else f"{decode(b'', True)}<{token}>"
-            print(text, end="", flush=True)
+            print(letters.write(int(token)), end="", flush=True)
             log_probs.append(log_prob)
     except KeyboardInterrupt:
         pass  # the text ends here
-    print(decode(b"", True))
+    print(letters.end())
     later, end = len(log_probs) - s.every, time.perf_counter()  # the first tokens come together
     summary = {
         "tokens": len(log_probs),
         "seconds_to_first": round(first - start, 2) if first else None,  # with the prompt and the compilation
         "tokens_per_second": round(later / (end - first), 1) if first and later > 0 else None,
         "log_prob": float(np.mean(log_probs)) if log_probs else None,  # nats a token, under the model itself
-        "settings": {**dataclasses.asdict(s), "model": str(s.model)},
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(s).items()},
     }
     print(json.dumps(summary), file=sys.stderr)
 
@@ -124,9 +138,9 @@ def main(s: Settings):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Settings, description=__doc__))
-    except (ValueError, FloatingPointError) as error:
+    except BrokenPipeError:  # whoever reads has enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped before the first token")
-    except BrokenPipeError:  # whoever reads has enough; what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -101,6 +101,7 @@ def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path):
 def test_assoc_recall_refuses(words, complaint, tmp_path, monkeypatch):
     """In one line, before it makes a folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     with pytest.raises(SystemExit, match=complaint):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The loop and its files: checkpoints, logs, run folders, stopping and going on."""
+"""The loop and its files: logs, run folders, stopping and going on."""
 
 import copy
 import json
@@ -17,7 +17,17 @@ import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from s5eqx.train import Checkpoints, Logger, Target, commit, fit, interruption, open_run
+from s5eqx.train import (
+    Checkpoints,
+    Logger,
+    Target,
+    commit,
+    fit,
+    interruption,
+    next_token,
+    open_run,
+    resume_command,
+)
 
 EVERY = {"eval_every": 10, "log_every": 5, "checkpoint_every": 5}
 
@@ -66,7 +76,7 @@ def test_records_are_means_over_their_steps(trainer):
     history = fit(trainer, steps=20, eval_every=10, log_every=10, checkpoint_every=10, progress=False).history
     leaves, losses = trainer.init(), []
     for _ in range(4):
-        leaves, metrics = trainer.run(leaves)
+        leaves, metrics = trainer.run(leaves, None)
         losses.append(np.mean(metrics["loss"]))
     assert [r["train/loss"] for r in history] == pytest.approx(np.reshape(losses, (2, 2)).mean(axis=1))
 
@@ -83,15 +93,153 @@ def test_lengths_are_multiples_of_the_dispatch(trainer, name):
         fit(trainer, **{"steps": 20, **EVERY, name: 7})
 
 
-def test_a_loss_that_is_not_finite_ends_training(trainer):
-    broken = changed(
-        trainer, init=lambda: jax.tree.map(lambda x: x * jnp.asarray(jnp.nan, x.dtype) if x.ndim else x, trainer.init())
-    )
-    with pytest.raises(FloatingPointError, match="at step 0 it is nan"):
-        fit(broken, steps=20, progress=False, **EVERY)
+def test_what_is_observed_is_logged(trainer, tmp_path):
+    models = []
+
+    def observe(model):
+        models.append(model)
+        return {"model/size": jnp.float32(model.embedding.size), "sample": "a *text*"}
+
+    run = open_run({}, folder=tmp_path)
+    result = fit(trainer, steps=10, run=run, observe=observe, progress=False, **EVERY)
+    assert ["model/size" in record for record in result.history] == [False, True]
+    assert result.history[-1]["model/size"] == 40.0
+    assert "sample" not in result.history[-1]
+    (model,) = models
+    assert model.dropout.inference
+    assert_same_leaves(model.head, result.state.model.head)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (sample,) = events.Tensors("sample")
+    assert (sample.step, list(sample.tensor_proto.string_val)) == (10, [b"a *text*"])
+    assert tensor_util.make_ndarray(events.Tensors("model/size")[0].tensor_proto) == 40.0
+
+
+def test_a_profile_is_of_the_dispatches_after_the_first(trainer, tmp_path, monkeypatch):
+    happened = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))
+    run = changed(trainer, run=lambda *given: happened.append("run") or trainer.run(*given))
+    fit(run, steps=20, run=open_run({}, folder=tmp_path), profile=2, progress=False, **EVERY)
+    assert happened == ["run", str(tmp_path), "run", "run", "stop", "run"]
+    happened.clear()
+    fit(run, steps=10, run=open_run({}, folder=tmp_path, overwrite=True), profile=2, progress=False, **EVERY)
+    assert happened == ["run", str(tmp_path), "run", "stop"]  # too short a run has a trace all the same
+    with pytest.raises(ValueError, match=r"profile=2 .* needs one"):
+        fit(trainer, steps=10, profile=2, **EVERY)
+
+
+def test_batches_come_from_the_host_while_the_devices_compute(trainer):
+    happened = []
+
+    def batches(step):
+        happened.append(step)
+
+    def run(leaves, batches):
+        happened.append("run")
+        return trainer.run(leaves, batches)
+
+    fit(changed(trainer, run=run, batches=batches), steps=15, progress=False, **EVERY)
+    assert happened == [0, "run", 5, "run", 10, "run"]
+
+
+# Numbers that are not finite.
+
+
+def spoiled(trainer, steps, *, tolerated=0, name="loss"):
+    """A trainer whose metric is not finite at these steps."""
+
+    def run(leaves, batches):
+        first = int(trainer.unflatten(leaves).step)
+        leaves, metrics = trainer.run(leaves, batches)
+        bad = np.isin(first + np.arange(5), steps)
+        return leaves, metrics | {name: np.where(bad, np.float32(np.nan), metrics[name])}
+
+    return changed(trainer, run=run, skip_nonfinite=tolerated)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_ends_training_and_names_the_batch(trainer, tmp_path, name):
+    run = open_run({}, folder=tmp_path)
+    message = rf"at step 12 the loss is .*examples 48 to 51; the last good checkpoint is {tmp_path}/checkpoints/10\. "
+    with pytest.raises(FloatingPointError, match=message):
+        fit(spoiled(trainer, [12], name=name), steps=20, run=run, progress=False, **EVERY)
+    with pytest.raises(FloatingPointError, match=r"at step 0 .* there is no checkpoint\. "):
+        fit(spoiled(trainer, [0], name=name), steps=20, progress=False, **EVERY)
+
+
+def test_weights_that_are_not_finite_are_not_saved(trainer, tmp_path):
+    def run(leaves, batches):
+        leaves, metrics = trainer.run(leaves, batches)
+        state = trainer.unflatten(leaves)
+        scale = jnp.where(state.step == 10, jnp.inf, 1.0)
+        return trainer.flatten(eqx.tree_at(lambda s: s.model.embedding, state, state.model.embedding * scale)), metrics
+
+    with pytest.raises(FloatingPointError, match=r"after 10 steps one is not; the last good checkpoint is .*/5\. "):
+        fit(changed(trainer, run=run), steps=20, run=open_run({}, folder=tmp_path), progress=False, **EVERY)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["5"]
+
+
+def test_some_in_a_row_are_passed_over(trainer):
+    result = fit(spoiled(trainer, [3, 6, 7], tolerated=2), steps=10, progress=False, **EVERY)
+    assert [record["train/skipped"] for record in result.history] == [1, 2]
+    plain = fit(trainer, steps=10, progress=False, **{**EVERY, "log_every": 5}).history
+    leaves, losses = trainer.init(), []
+    for _ in range(2):
+        leaves, metrics = trainer.run(leaves, None)
+        losses.append(metrics["loss"])
+    assert result.history[1]["train/loss"] == pytest.approx(np.mean(losses[1][np.array([0, 3, 4])]))
+    assert result.history[1]["train/perplexity"] == pytest.approx(np.exp(result.history[1]["train/loss"]))
+    assert result.history[0]["train/loss"] != plain[0]["train/loss"]
+    with pytest.raises(FloatingPointError, match=r"at step 6 .* after 2 such steps in a row"):
+        fit(spoiled(trainer, [4, 5, 6], tolerated=2), steps=10, progress=False, **EVERY)
+
+
+def test_a_resumed_run_remembers_how_many_were_in_a_row(trainer, tmp_path):
+    run = open_run({}, folder=tmp_path)
+    fit(spoiled(trainer, [3, 4], tolerated=2), steps=5, run=run, progress=False, **EVERY)
+    run = open_run({}, folder=tmp_path, resume=True)
+    with pytest.raises(FloatingPointError, match="at step 5 "):
+        fit(spoiled(trainer, [5], tolerated=2), steps=10, run=run, progress=False, **EVERY)
+
+
+def test_the_weights_stay_where_a_gradient_is_not_finite():
+    def loss(model, batch, *, key):
+        score = next_token(model, batch, key=key)
+        is_bad = batch.inputs[0, 0] == 3  # at some steps
+        return eqx.tree_at(lambda s: s.nll, score, jnp.where(is_bad, jnp.nan, 1.0) * score.nll)
+
+    trainer = tiny.trainer(loss=loss, steps_per_dispatch=1, skip_nonfinite=20)
+    leaves, seen = trainer.init(), set()
+    for _ in range(12):
+        before = np.array(trainer.unflatten(leaves).model.embedding)
+        leaves, metrics = trainer.run(leaves, None)
+        after = np.array(trainer.unflatten(leaves).model.embedding)
+        seen.add((bool(np.isfinite(metrics["grad_norm"][0])), np.array_equal(before, after)))
+        assert np.isfinite(after).all()
+    assert {(True, False), (False, True)} <= seen
+    assert (False, False) not in seen
 
 
 # Resuming.
+
+
+def test_a_new_best_is_saved_and_comes_back(trainer, tmp_path):
+    losses = iter([0.9, 0.5, 0.7, 0.6])
+    evaluate = lambda leaves: {"loss": next(losses), "accuracy": 0.5, "perplexity": 1.0}
+    every = {"eval_every": 5, "log_every": 5, "checkpoint_every": 20}
+    run = open_run({}, folder=tmp_path)
+    result = fit(changed(trainer, evaluate=evaluate), steps=20, run=run, keep=1, progress=False, **every)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert (checkpoints.best(), checkpoints.steps()) == (10, [10, 20])
+    half = fit(trainer, steps=10, progress=False, **EVERY)
+    assert_same_leaves(result.best, half.state)
+    assert (result.best_value("loss"), int(result.state.step)) == (0.5, 20)
+    assert half.best is half.state and half.best_value("loss") == half.history[-1]["test/loss"]
+
+    shutil.rmtree(tmp_path / "checkpoints/10/state")
+    with pytest.warns(UserWarning, match="checkpoints/10 is damaged and will not be used"):
+        again = fit(trainer, steps=20, run=open_run({}, folder=tmp_path, resume=True), progress=False, **every)
+    assert again.best is again.state, "what is damaged is not the best"
 
 
 def test_a_resumed_run_ends_with_the_same_bits(trainer, tmp_path):
@@ -107,6 +255,19 @@ def test_a_resumed_run_ends_with_the_same_bits(trainer, tmp_path):
     assert resumed.history[-1]["seconds"] > resumed.history[0]["seconds"]
 
 
+def test_a_record_may_be_half_done_when_a_run_stops(trainer, tmp_path):
+    every = {"eval_every": 20, "log_every": 10, "checkpoint_every": 5}
+    whole = fit(trainer, steps=20, progress=False, **every)
+    raises = changed(trainer, run=lambda leaves, batches: trainer.run(leaves, batches) if next(left) else 1 / 0)
+    left = iter([True, True, True, False])
+    with pytest.raises(ZeroDivisionError):
+        fit(raises, steps=20, run=open_run({}, folder=tmp_path), progress=False, **every)
+    resumed = fit(trainer, steps=20, run=open_run({}, folder=tmp_path, resume=True), progress=False, **every)
+    assert_same_leaves(resumed.state, whole.state)
+    timeless = lambda result: [{k: v for k, v in r.items() if k[:2] not in ("se", "sp")} for r in result.history]
+    assert timeless(resumed) == timeless(whole)
+
+
 def test_a_finished_run_resumes_to_its_end(trainer, tmp_path):
     done = fit(trainer, steps=10, run=open_run({}, folder=tmp_path / "run"), progress=False, **EVERY)
     run = open_run({}, folder=tmp_path / "run", resume=True)
@@ -120,9 +281,9 @@ def test_a_signal_saves_and_the_run_goes_on(trainer, tmp_path, number):
     every = {**EVERY, "checkpoint_every": 10}
     before = signal.getsignal(number)
 
-    def run(leaves):
+    def run(leaves, batches):
         signal.raise_signal(number)
-        return trainer.run(leaves)
+        return trainer.run(leaves, batches)
 
     result = fit(changed(trainer, run=run), steps=10, run=open_run({}, folder=tmp_path), progress=False, **every)
     assert signal.getsignal(number) is before
@@ -149,118 +310,10 @@ def test_a_second_signal_acts_at_once(ctrl_c_interrupts):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# Checkpoints.
-
-
-def state(scale=1.0):
-    return {
-        "weights": jnp.arange(6.0).reshape(2, 3) * scale,
-        "half": jnp.full((4,), 1 / 3, jnp.bfloat16) * jnp.bfloat16(scale),
-        "count": jnp.int32(7),
-        "name": "not an array",
-    }
-
-
-def save_three(folder, keep=3):
-    with Checkpoints(folder, keep=keep) as checkpoints:
-        for step in (10, 20, 30):
-            checkpoints.save(step, state(step), {"step": step})
-
-
-def restore(folder, like=None):
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(eqx.filter_eval_shape(state) if like is None else like)
-
-
-def data_files(folder):
-    return [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.parent.name == "d"]
-
-
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    save_three(tmp_path / "checkpoints")
-    found, metadata = restore(tmp_path / "checkpoints")
-    assert_same_leaves(found, state(30))
-    assert found["name"] == "not an array"
-    assert metadata == {"step": 30}
-    assert restore(tmp_path / "none") is None
-
-
-def test_the_newest_are_kept(tmp_path):
-    save_three(tmp_path, keep=2)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps() == [20, 30]
-        checkpoints.save(15, state(15), {})  # a run that went back writes its future anew
-        assert checkpoints.steps() == [15]
-
-
-def flip_a_byte(folder):
-    for file in data_files(folder):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
-
-
-def cut(folder):
-    for file in data_files(folder):
-        file.write_bytes(file.read_bytes()[:20])
-
-
-def lose_arrays(folder):
-    shutil.rmtree(folder / "state")
-
-
-def lose_metadata(folder):
-    shutil.rmtree(folder / "metadata")
-
-
-def spoil_metadata(folder):
-    (folder / "metadata" / "metadata").write_text('{"leaves": [')
-
-
-@pytest.mark.parametrize("damage", [flip_a_byte, cut, lose_arrays, lose_metadata, spoil_metadata])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
-    save_three(tmp_path)
-    damage(tmp_path / "30")
-    with pytest.warns(UserWarning, match=r"checkpoint .*/30 is damaged"):
-        found, metadata = restore(tmp_path)
-    assert_same_leaves(found, state(20))
-    assert metadata == {"step": 20}
-
-
-def test_if_all_are_damaged_it_is_an_error(tmp_path):
-    save_three(tmp_path)
-    for step in ("10", "20", "30"):
-        cut(tmp_path / step)
-    with (
-        pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged \(steps \[10, 20, 30\]\)"),
-    ):
-        restore(tmp_path)
-
-
-def test_a_save_that_was_killed_is_not_there(tmp_path):
-    save_three(tmp_path)
-    shutil.move(tmp_path / "30", tmp_path / "30.orbax-checkpoint-tmp-1")
-    assert restore(tmp_path)[1] == {"step": 20}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"weights": jnp.zeros((2, 4))}, r"\['weights'\]: float32\[2, 4\], but .* \['weights'\]: float32\[2, 3\]"),
-        ({"half": jnp.zeros(4)}, r"must be \['half'\]: float32\[4\], but .*bfloat16\[4\]"),
-        ({"wider": jnp.zeros(4)}, r"must be \['wider'\]: float32\[4\], but the checkpoint has nothing"),
-    ],
-)
-def test_another_model_is_refused_by_its_first_differing_leaf(tmp_path, change, message):
-    save_three(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        restore(tmp_path, state() | change)
-
-
 def test_the_checkpoint_says_what_it_is(trainer, tmp_path):
     fit(trainer, steps=5, run=open_run({"lr": 0.1}, folder=tmp_path), progress=False, **EVERY)
-    _, metadata = restore(tmp_path / "checkpoints", trainer.skeleton)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        _, metadata = checkpoints.restore(trainer.skeleton)
     assert metadata["settings"] == {"lr": 0.1}
     assert {"jax", "equinox", "python", "device"} <= metadata["versions"].keys()
 
@@ -343,6 +396,18 @@ def test_resume_and_overwrite_need_a_run(tmp_path):
         open_run({}, folder=tmp_path, resume=True, overwrite=True)
     with pytest.raises(ValueError, match="holds no run to resume"):
         open_run({}, folder=tmp_path / "none", resume=True)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (["20-10", "--lr", "0.1"], "python x.py 20-10 --lr 0.1 --run 'runs/a b' --resume"),
+        (["--run", "runs/c", "--overwrite"], "python x.py --run runs/c --resume"),
+        (["--run=runs/c", "--resume", "--data", "a b"], "python x.py --run=runs/c --data 'a b' --resume"),
+    ],
+)
+def test_the_command_that_continues_a_run(given, expected):
+    assert resume_command(pathlib.Path("runs/a b"), ["x.py", *given]) == expected
 
 
 def test_a_commit_is_of_the_tree_of_the_file(tmp_path):

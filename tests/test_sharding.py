@@ -167,7 +167,7 @@ def test_sharded_scan_of_nothing():
 
 def test_bad_input_to_sharded_scan_is_named():
     a, b = jnp.ones(3), jnp.ones((4, 3))
-    with pytest.raises(ValueError, match=r"inside jax.shard_map over a mesh with the axis 'time'.*diagonal_scan"):
+    with pytest.raises(ValueError, match=r"in jax.shard_map over a mesh with the axis 'time'.*diagonal_scan"):
         sharded_scan(a, b, axis_name="time")
     mesh = Mesh(np.array(jax.devices()[:2]), ("time",))
     on_both = partial(jax.shard_map, mesh=mesh, in_specs=Split("time"), out_specs=Split("time"))

@@ -1,4 +1,4 @@
-"""Parameter groups, schedules, the loss, and the training step."""
+"""Parameter groups, schedules, and the training step."""
 
 import functools
 
@@ -10,33 +10,26 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from helpers import quick_jit
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as Split
 
-from s5eqx.data import Batch
 from s5eqx.models import LanguageModel
 from s5eqx.nn import (
     MLP,
     S5,
-    Attention,
     BidirectionalS5,
     Buffer,
     ImplicitFilter,
-    Rotary,
     ShortConv,
     Stack,
     cast,
 )
 from s5eqx.train import (
+    AdamW,
     DefaultGroups,
     PublishedCosine,
     PublishedGroups,
-    Score,
     WarmupConstant,
     WarmupCosine,
     next_token,
-    score,
     spectral_radius,
 )
 
@@ -102,7 +95,7 @@ def test_published_labels(model):
     ssm = {path for path, label in labels.items() if label == "ssm"}
     assert {path.rsplit(".", 1)[-1] for path in ssm} == {"B", "Lambda_re", "Lambda_im"}
     assert len(ssm) == 3
-    assert PUBLISHED.groups == {"rest": (1e-3, 0.1), "ssm": (5e-4, 0.0)}
+    assert {name: group[:2] for name, group in PUBLISHED.groups.items()} == {"rest": (1e-3, 0.1), "ssm": (5e-4, 0.0)}
 
 
 def test_default_labels(model):
@@ -113,7 +106,8 @@ def test_default_labels(model):
             assert label == "recurrence", path
         else:
             assert label == ("vectors" if leaves[path].ndim < 2 else "matrices"), path
-    assert DEFAULT.groups == {"matrices": (1e-3, 0.1), "vectors": (1e-3, 0.0), "recurrence": (5e-4, 0.0)}
+    settings = {name: group[:2] for name, group in DEFAULT.groups.items()}
+    assert settings == {"matrices": (1e-3, 0.1), "vectors": (1e-3, 0.0), "recurrence": (5e-4, 0.0)}
 
 
 def test_labels_reach_into_a_bidirectional_layer(key):
@@ -187,7 +181,7 @@ def test_groups_step_at_their_own_rate_and_decay_alone(policy, model):
     updates = first_update(policy.optimiser(model), params)
     labels, params = by_path(policy.labels(model)), by_path(params)
     for path, update in by_path(updates).items():
-        lr, weight_decay = policy.groups[labels[path]]
+        lr, weight_decay, _ = policy.groups[labels[path]]
         expected = -lr * (1 + weight_decay * params[path])
         np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-5 * lr, err_msg=path)
 
@@ -195,7 +189,7 @@ def test_groups_step_at_their_own_rate_and_decay_alone(policy, model):
 def test_clipping_is_of_the_whole_gradient(key):
     model = tiny.bigram(key)
     params = eqx.filter(model, eqx.is_inexact_array)
-    policy = DefaultGroups(lr=1.0, schedule=SCHEDULE, weight_decay=0.0, b1=0.0, b2=0.0, clip_norm=1e-9)
+    policy = DefaultGroups(lr=1.0, schedule=SCHEDULE, weight_decay=0.0, rule=AdamW(0.0, 0.0), clip_norm=1e-9)
     updates = first_update(policy.optimiser(model), params)
     size = sum(p.size for p in jax.tree.leaves(params))
     clipped = 1e-9 / np.sqrt(size)  # Adam's epsilon is 1e-8: the length of a small gradient shows
@@ -207,193 +201,6 @@ def test_complex_leaves_are_refused():
     with pytest.raises(ValueError, match=r"must be real, but \.weight is complex64"):
         layer = eqx.nn.Linear(2, 2, dtype=jnp.complex64, key=jr.key(0))
         DEFAULT.optimiser(layer)
-
-
-# The loss.
-
-
-score = jax.jit(score)
-next_token = eqx.filter_jit(next_token)
-
-
-def test_score_is_the_weighted_mean(key):
-    logits = jr.normal(key, (3, 5, 7))
-    targets = jr.randint(key, (3, 5), 0, 7)
-    weights = jnp.array([[1.0, 0.0, 2.0, 0.5, 1.0]] * 3)
-    given = score(logits, targets, weights)
-    log_p = np.asarray(jax.nn.log_softmax(logits))
-    nll = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
-    assert float(given.loss) == pytest.approx(np.average(nll, weights=weights))
-    right = np.asarray(logits).argmax(-1) == targets
-    assert float(given.accuracy) == pytest.approx(np.average(right, weights=weights))
-    parts = score(logits[:1], targets[:1], weights[:1]) + score(logits[1:], targets[1:], weights[1:])
-    assert float(parts.loss) == pytest.approx(float(given.loss))
-
-
-def test_what_has_no_weight_has_no_effect(key):
-    logits = jr.normal(key, (4, 7))
-    targets, weights = jnp.array([1, 2, -100, 3]), jnp.array([1.0, 1.0, 0.0, 0.0])
-    wild = logits.at[2:].set(jnp.nan)
-    loss = lambda logits: score(logits, targets, weights).loss
-    assert loss(wild) == loss(logits)
-    gradient = jax.grad(loss)(wild)
-    np.testing.assert_array_equal(gradient[2:], 0.0)
-    assert np.isfinite(gradient).all()
-    assert float(score(logits, targets, jnp.zeros(4)).loss) == 0.0
-
-
-@pytest.mark.parametrize("dtype, wide", [("bfloat16", "float32"), ("float32", "float32"), ("float64",) * 2])
-def test_the_loss_is_at_least_float32(dtype, wide, x64):
-    given = score(jnp.zeros((2, 3), dtype), jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.float32))
-    assert given.loss.dtype == given.accuracy.dtype == jnp.dtype(wide)
-
-
-def test_a_batch_of_one_is_scored_like_any(key):
-    model = eqx.nn.inference_mode(tiny.bigram(key))
-    batch = tiny.TASK.train(jnp.arange(2))
-    one = lambda i: Batch(*(x[i : i + 1] for x in (batch.inputs, batch.targets, batch.weights)))
-    total: Score = next_token(model, one(0)) + next_token(model, one(1))
-    assert float(total.loss) == pytest.approx(float(next_token(model, batch).loss), rel=1e-6)
-
-
-def with_gradient(model, batch, **options):
-    def loss(model):
-        given = next_token(model, batch, **options)
-        return given.loss, given
-
-    (_, given), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(model)
-    return given, gradient
-
-
-@pytest.mark.parametrize("size, length", [(1, 10), (2, 8)])
-def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, model):
-    """Ten steps in two pieces and a shorter one, or eight in two."""
-    model = eqx.nn.inference_mode(model)
-    batch = jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
-    whole, pieces = quick_jit(lambda model: [with_gradient(model, batch, chunk=chunk) for chunk in (None, 4)])(model)
-    assert float(whole[0].weight) == length * size
-    for given, expected in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
-
-
-def attention_model(key):
-    mixers = (Attention(8, 2, max_length=10, rotary=Rotary(4), short_conv=3, dropout=0.1, key=key),)
-    return LanguageModel(10, 8, mixers, mlp_width=8, max_length=10, dropout=0.1, key=key)
-
-
-@quick_jit
-def piece_by_hand(model, states, part, key, cotangents):
-    """The loss of one piece and the states after it; the gradients for the model and the states before it."""
-
-    def piece(model, states):
-        keys = key[None] if len(part.inputs) == 1 else jr.split(key, len(part.inputs))
-        prefill = lambda state, tokens, key: model.prefill(state, tokens, key=key)
-        states, logits = jax.vmap(prefill)(states, part.inputs, keys)
-        return score(logits, part.targets, part.weights).nll, states
-
-    (nll, states), back = eqx.filter_vjp(piece, model, states)
-    return nll, states, back((jnp.ones_like(nll), cotangents))
-
-
-def by_hand(model, batch, key, chunk):
-    """The loss in pieces, its gradient from the last to the first, and the sum of the gradients of single pieces."""
-    length = batch.inputs.shape[1]
-    parts = [jax.tree.map(lambda a, i=i: a[:, i : i + chunk], batch) for i in range(0, length, chunk)]
-    states = jax.tree.map(lambda a: np.stack([a] * len(batch.inputs)), model.init_state())
-    none = cotangents = jax.tree.map(np.zeros_like, eqx.filter(states, eqx.is_inexact_array_like))
-    total, calls, alone, linked = 0.0, [], [], []
-    for part, part_key in zip(parts, jr.split(key, len(parts)), strict=True):
-        calls.append((model, states, part, part_key))
-        nll, states, (gradient, _) = piece_by_hand(*calls[-1], none)
-        total += nll
-        alone.append(gradient)
-    for call in reversed(calls):
-        _, _, (gradient, cotangents) = piece_by_hand(*call, cotangents)
-        linked.append(gradient)
-    weight = np.sum(batch.weights)
-    mean = lambda *gradients: sum(map(np.asarray, gradients)) / weight
-    return total / weight, *(jax.tree.map(mean, *gradients) for gradients in (linked, alone))
-
-
-@pytest.mark.parametrize("build, size, length", [(tiny.language_model, 2, 8), (attention_model, 1, 10)])
-def test_pieces_are_those_of_a_loop(build, size, length, key):
-    """With dropout. Truncated, the gradient is the sum of those of the pieces alone, and another one."""
-    model, batch = built(build), jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
-    run = lambda model, key: [
-        with_gradient(model, batch, key=key, chunk=4, truncate=truncate) for truncate in (False, True)
-    ]
-    (exact, gradient), (same, truncated) = quick_jit(run)(model, key)
-    loss, *expected = by_hand(model, batch, key, chunk=4)
-    assert float(exact.loss) == pytest.approx(float(loss), rel=1e-6)
-    assert float(same.loss) == pytest.approx(float(loss), rel=1e-6)
-    for ours, theirs in zip((gradient, truncated), expected, strict=True):
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    flat, cut = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(g)]) for g in (gradient, truncated))
-    assert np.linalg.norm(flat - cut) > 0.01 * np.linalg.norm(flat)
-
-
-def test_pieces_on_two_devices(model):
-    model = eqx.nn.inference_mode(model)
-    batch = tiny.TASK.train(jnp.arange(4))
-    mesh, (arrays, rest) = Mesh(jax.devices()[:2], "batch"), eqx.partition(model, eqx.is_array)
-    nll = lambda arrays, batch: next_token(eqx.combine(arrays, rest), batch, chunk=5).nll
-    spread = jax.shard_map(
-        lambda *operands: jax.lax.psum(nll(*operands), "batch"),
-        mesh=mesh,
-        in_specs=(Split(), Split("batch")),
-        out_specs=Split(),
-    )
-    given, expected = (quick_jit(jax.value_and_grad(f))(arrays, batch) for f in (spread, nll))
-    for ours, exact in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-5)
-
-
-class Coin(eqx.Module):
-    """Certain of token 0 or without an opinion, as the key falls."""
-
-    def __call__(self, x, *, key):
-        return jnp.zeros((len(x), 2)).at[:, 0].set(50 * jr.bernoulli(key).astype(float))
-
-    def init_state(self):
-        return ()
-
-    def prefill(self, state, x, *, key):
-        return state, self(x, key=key)
-
-
-def test_each_piece_of_each_sequence_draws_anew(key):
-    zeros = jnp.zeros((2, 20), jnp.int32)
-    rows = []
-    for weights in (jnp.ones((2, 20)) * row[:, None] for row in jnp.eye(2)):
-        given: Score = next_token(Coin(), Batch(zeros, zeros, weights), key=key, chunk=1)
-        rows.append(float(given.loss))
-    assert rows[0] != rows[1]
-    assert all(0 < row / np.log(2) < 1 for row in rows)
-
-
-def test_pieces_need_memory_for_one_piece(key):
-    mixer = lambda key: ShortConv(8, 3, key=key)
-    model = quick_jit(lambda key: LanguageModel(10, 8, mixer, num_layers=1, mlp_width=16, key=key))(key)
-
-    def temporaries(length, chunk):
-        ones = jnp.ones((1, length), jnp.int32)
-        arrays, rest = eqx.partition(model, eqx.is_array)
-        loss = lambda arrays: (
-            next_token(eqx.combine(arrays, rest), Batch(ones, ones, jnp.ones((1, length))), chunk=chunk).loss
-        )
-        return jax.jit(jax.grad(loss)).lower(arrays).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries(4096, 256) < 0.2 * temporaries(4096, None)
-
-
-def test_a_piece_has_a_step():
-    with pytest.raises(ValueError, match="chunk must be at least 1 step"):
-        next_token(Coin(), tiny.TASK.train(jnp.arange(1)), chunk=0)
-    with pytest.raises(TypeError, match="init_state and prefill; Bigram lacks one: leave it out"):
-        next_token(tiny.bigram(jr.key(0)), tiny.TASK.train(jnp.arange(1)), chunk=2)
-    with pytest.raises(ValueError, match="truncate cuts the gradient between pieces and needs a chunk"):
-        next_token(Coin(), tiny.TASK.train(jnp.arange(1)), truncate=True)
 
 
 # The step.

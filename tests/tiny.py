@@ -44,13 +44,13 @@ TASK = AssocRecall(length=8, num_test=30)
 GROUPS = DefaultGroups(lr=1e-2, schedule=WarmupConstant(2), clip_norm=1.0)
 
 
-def trainer(build=bigram, *, policy=GROUPS, batch_size=4, steps_per_dispatch=5, seed=0):
+def trainer(build=bigram, *, task=TASK, policy=GROUPS, batch_size=4, steps_per_dispatch=5, **options):
     return Trainer(
         build,
-        TASK,
+        task,
         policy,
         batch_size=batch_size,
         steps_per_dispatch=steps_per_dispatch,
         eval_batch_size=20,
-        seed=seed,
+        **options,
     )

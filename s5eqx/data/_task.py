@@ -1,22 +1,25 @@
 """What a task gives to training: batches that are pure functions of numbers."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 
-from s5eqx._typing import Array, Float, Int
+from s5eqx._typing import Array, Bool, Float, Int
 
 
 class Batch(eqx.Module):
     """Token sequences and what is to be predicted at each of their positions.
 
-    `weights` says how much a position counts: 0 where nothing is asked.
+    `weights` says how much a position counts: 0 where nothing is asked. `resets` marks, in rows that hold several
+    sequences, where one begins.
     """
 
     inputs: Int[Array, "B L"]
     targets: Int[Array, "B L"]
     weights: Float[Array, "B L"]
+    resets: Bool[Array, "B L"] | None = None
 
 
 class AbstractTask(abc.ABC):
@@ -27,6 +30,9 @@ class AbstractTask(abc.ABC):
     """
 
     num_test: int
+    sequence_length: int
+    split: ClassVar[str] = "test"
+    """What the examples of `test` are called in logs."""
 
     @abc.abstractmethod
     def train(self, indices: Int[Array, " B"]) -> Batch:
@@ -39,3 +45,10 @@ class AbstractTask(abc.ABC):
     def train_batch(self, step: Int[Array, ""] | int, batch_size: int) -> Batch:
         """The examples of one training step, counted from 0. `step` may be traced."""
         return self.train(step * batch_size + jnp.arange(batch_size, dtype=jnp.int32))
+
+
+class AbstractCorpus(AbstractTask):
+    """A task whose examples lie on the host: `train` and `test` take and give numpy arrays, and are not traced.
+
+    They are functions of their indices all the same. A process of many asks for the examples of its own devices only.
+    """

@@ -22,8 +22,8 @@ from s5eqx.nn import (
     LongConv,
     SquashedConvolution,
 )
-from s5eqx.nn._diagonal import as_pairs
 from s5eqx.nn.modal_ssm import as_poles, decay_and_phase
+from s5eqx.nn.s5 import as_pairs
 
 _COLUMN = Layout(lambda a: a[0, :, 0], lambda a: a[None, :, None])  # (1, L, 1)
 _ROW = Layout(lambda a: a[0, 0], lambda a: a[None, None])  # (1, 1, D)

@@ -119,6 +119,17 @@ class LanguageModel(AbstractComposed):
         return times_transposed(h, self.embedding, dtype=np.promote_types(h.dtype, np.float32))
 
     @checked
+    def hidden(
+        self,
+        x: Int[Array, " L"],
+        *,
+        reset: Bool[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "L D"]:
+        """What `unembed` makes the logits of: `model(x) = model.unembed(model.hidden(x))`."""
+        return self.forward_hidden(in_parallel(reset), self.init_state(), x, key, reset=reset)[1]
+
+    @checked
     def __call__(
         self,
         x: Int[Array, " L"],
@@ -154,12 +165,17 @@ class LanguageModel(AbstractComposed):
         return self.forward(in_steps(reset), state, x_t, key, reset=reset)
 
     def forward(self, run, state, x, key, *, reset=None):
+        state, h = self.forward_hidden(run, state, x, key, reset=reset)
+        return state, self.unembed(h)
+
+    def forward_hidden(self, run, state, x, key, *, reset=None):
+        """As `forward`, up to what `unembed` takes."""
         refuse_reset(self, reset)
         embed_key, backbone_key = split(key, 2)
         position, state = state
         position, h = self._embed(position, x, reset, embed_key)
         state, h = run(self.backbone, state, h, backbone_key)
-        return (position, state), self.unembed(h)
+        return (position, state), h
 
     def _start(self):
         return None if self.positions is None else jnp.zeros((), jnp.int32)

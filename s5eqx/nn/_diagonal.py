@@ -12,7 +12,7 @@ from s5eqx import ops
 from s5eqx._typing import Array, Bool, Complex, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._select import drop
-from s5eqx.nn.s5 import as_complex
+from s5eqx.nn.s5 import as_complex, as_pairs
 
 _CHUNK = 64  # steps whose states are held at once where flags ask for a scan
 
@@ -155,8 +155,3 @@ def _last_state(state, u, dA, dB, powers):
 def _flat(y):
     """(c, L, D) as (L, c D)."""
     return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], y.shape[0] * y.shape[2])
-
-
-def as_pairs(z: Complex[Array, "*shape"]) -> Float[jax.Array, "*shape 2"]:
-    """The (re, im) pairs of complex numbers, on a last axis."""
-    return jnp.stack([jnp.real(z), jnp.imag(z)], axis=-1)

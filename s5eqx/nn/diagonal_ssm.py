@@ -9,10 +9,10 @@ import jax.random as jr
 from jax import lax
 
 from s5eqx._typing import Array, Complex, Float, PRNGKeyArray, checked
-from s5eqx.nn._diagonal import AbstractDiagonalSSM, as_pairs
+from s5eqx.nn._diagonal import AbstractDiagonalSSM
 from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.s4d_init import AbstractAInit, AbstractBInit, AbstractRealPart, ExpReal, LinInit, OnesBInit
-from s5eqx.nn.s5 import as_complex
+from s5eqx.nn.s5 import as_complex, as_pairs
 
 
 class DiagonalSSM(AbstractDiagonalSSM):

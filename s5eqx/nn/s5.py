@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -174,6 +175,17 @@ class S5(AbstractCausalMixer):
         y = self._factor * (C @ parts.reshape(-1)) + self.D * u
         return state, self.activation(y.astype(x_t.dtype))
 
+    def entering_state(
+        self, x: Float[Array, "L D"], *, axis_name: str, reset: Bool[Array, " L"] | None = None
+    ) -> Complex[Array, " P"]:
+        """The state before this device's piece `x` of a sequence that is split over a mesh axis; see
+        `ops.entering_state`."""
+        Lambda_bar, B_bar, _ = self.discretised()
+        w_in = as_pairs(B_bar).swapaxes(0, 1).reshape(x.shape[1], -1)
+        drive = (x.astype(w_in.dtype) @ w_in).reshape(len(x), -1, 2)
+        state = ops.entering_state_pairs(as_pairs(Lambda_bar), drive, axis_name=axis_name, reset=reset)
+        return as_complex(state)
+
     @property
     def _factor(self):
         return 2 if self.conj_sym else 1
@@ -194,3 +206,8 @@ class S5(AbstractCausalMixer):
 def as_complex(pairs: Float[Array, "*shape 2"]) -> Complex[Array, "*shape"]:
     """The complex numbers of (re, im) pairs on the last axis."""
     return lax.complex(pairs[..., 0], pairs[..., 1])
+
+
+def as_pairs(z: Complex[Array, "*shape"]) -> Float[jax.Array, "*shape 2"]:
+    """The (re, im) pairs of complex numbers, on a last axis."""
+    return jnp.stack([jnp.real(z), jnp.imag(z)], axis=-1)

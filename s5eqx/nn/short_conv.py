@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import lax
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, checked
 from s5eqx.nn._mixer import AbstractCausalMixer
@@ -74,6 +75,20 @@ class ShortConv(AbstractCausalMixer):
             sequence = jnp.pad(jnp.cumsum(reset, dtype=jnp.int32), (len(state), 0))
             tail = keep_rows(sequence[len(x) :] == sequence[-1:], tail)
         return tail, y + self.bias[None]
+
+    def entering_state(
+        self, x: Float[Array, "L D"], *, axis_name: str, reset: Bool[Array, " L"] | None = None
+    ) -> Float[Array, "tail D"]:
+        """The state before this device's piece `x` of a sequence that is split, in order, over a mesh axis: the last
+        samples of the device before it."""
+        state = self.init_state()
+        if len(x) < len(state):
+            raise ValueError(
+                f"A device must hold at least the {len(state)} samples that a convolution of {len(self.weight)} taps "
+                f"looks back; got pieces of {len(x)}. Split the sequence over fewer devices."
+            )
+        tail, _ = self.prefill(state, x, reset=reset)
+        return lax.ppermute(tail, axis_name, [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)])
 
     @checked
     def step(

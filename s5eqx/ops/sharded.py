@@ -62,12 +62,49 @@ def sharded_scan_pairs(
     return _sharded(a, b, x0, axis_name, reset, reverse, pairs=True)
 
 
+@checked
+def entering_state(
+    a: Inexact[Array, "..."],
+    b: Inexact[Array, "*batch L P"],
+    x0: Inexact[Array, "..."] | None = None,
+    *,
+    axis_name: str | tuple[str, ...],
+    reset: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+) -> Inexact[Array, "*batch P"]:
+    """The state that `sharded_scan` enters this device's steps with, for those who run the steps by other means.
+
+    `diagonal_scan(a, b, entering_state(a, b, x0, ...))` is `sharded_scan(a, b, x0, ...)`.
+    """
+    return _entering(a, b, x0, axis_name, reset, reverse, pairs=False)
+
+
+@checked
+def entering_state_pairs(
+    a: Float[Array, "..."],
+    b: Float[Array, "*batch L P 2"],
+    x0: Float[Array, "..."] | None = None,
+    *,
+    axis_name: str | tuple[str, ...],
+    reset: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+) -> Float[Array, "*batch P 2"]:
+    """`entering_state` for complex numbers stored as pairs (re, im) of floats."""
+    return _entering(a, b, x0, axis_name, reset, reverse, pairs=True)
+
+
 def _sharded(a, b, x0, axis_name, reset, reverse, *, pairs):
+    x0 = _entering(a, b, x0, axis_name, reset, reverse, pairs=pairs)
+    scan = diagonal_scan_pairs if pairs else diagonal_scan
+    return scan(a, b, x0, reset=reset, reverse=reverse)
+
+
+def _entering(a, b, x0, axis_name, reset, reverse, *, pairs):
     try:
         here = lax.axis_index(axis_name)
     except NameError as error:
         raise ValueError(
-            f"sharded_scan must run inside jax.shard_map over a mesh with the axis {axis_name!r}, each device with its "
+            f"A sharded scan must run in jax.shard_map over a mesh with the axis {axis_name!r}, each device with its "
             f"piece of the length; here there is no such axis ({error}). On a whole sequence call diagonal_scan."
         ) from error
     names = {axis_name} if isinstance(axis_name, str) else {*axis_name}
@@ -97,7 +134,7 @@ def _sharded(a, b, x0, axis_name, reset, reverse, *, pairs):
     start = jnp.zeros_like(last) if x0 is None else broadcast("x0", jnp.asarray(x0), last.shape)
     start = jnp.expand_dims(start, time)
     entering = jnp.concatenate([states, start] if reverse else [start, states], axis=time)
-    return scan(a, b, lax.dynamic_index_in_dim(entering, here + int(reverse), time, keepdims=False), reset=reset)
+    return lax.dynamic_index_in_dim(entering, here + int(reverse), time, keepdims=False)
 
 
 def _decay(a, b, final, reset, tail):

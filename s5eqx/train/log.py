@@ -1,4 +1,4 @@
-"""Scalars and tables for TensorBoard, without TensorFlow."""
+"""Scalars, texts and tables for TensorBoard, without TensorFlow."""
 
 import time
 from collections.abc import Mapping
@@ -16,12 +16,15 @@ class Logger:
     def __init__(self, folder: Path):
         self._folder = str(folder)
         self._writer = Writer(self._folder)
+        self._texts: EventFileWriter | None = None
 
     def __enter__(self) -> "Logger":
         return self
 
     def __exit__(self, *_):
         self._writer.close()
+        if self._texts is not None:
+            self._texts.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve in `values`."""
@@ -31,7 +34,10 @@ class Logger:
     def table(self, tag: str, rows: Mapping[str, object]) -> None:
         """A table of two columns, on TensorBoard's page of texts."""
         cells = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-        summary = text_pb(tag, f"| name | value |\n|---|---|\n{cells}")
-        writer = EventFileWriter(self._folder, filename_suffix=f".{tag}")
-        writer.add_event(Event(summary=summary, wall_time=time.time(), step=0))
-        writer.close()
+        self.text(0, tag, f"| name | value |\n|---|---|\n{cells}")
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """A text in Markdown, on the same page."""
+        if self._texts is None:
+            self._texts = EventFileWriter(self._folder, filename_suffix=".texts")
+        self._texts.add_event(Event(summary=text_pb(tag, text), wall_time=time.time(), step=step))

@@ -6,10 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Key
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
 from s5eqx.data import Batch
-from s5eqx.models._pieces import in_pieces
+from s5eqx.models._pieces import head_in_pieces, in_pieces
 
 
 class Score(eqx.Module):
@@ -53,13 +54,16 @@ def next_token(
     model: Callable[..., Array],
     batch: Batch,
     *,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray | Key[Array, " B"] | None = None,
     chunk: int | None = None,
     truncate: bool = False,
+    logits_chunk: int | None = None,
 ) -> Score:
     """The score of a language model, `tokens -> logits` of one sequence, on a batch.
 
     **Arguments:**
+
+    - `key`: for dropout; one for all, or one a sequence. None for no dropout.
 
     - `chunk`: the steps of a piece, for models with `init_state` and `prefill`. Sequences then pass in pieces of
       `chunk` steps and a shorter last one, each from the state that the last one left, and a gradient computes a piece
@@ -67,10 +71,21 @@ def next_token(
       What is kept is a state a piece: for S5 next to nothing, for attention a whole cache.
     - `truncate`: let no gradient pass from a piece to the one before. The score stays exact; its gradient is then that
       of truncated back-propagation through time, where a state that enters a piece counts as given.
+    - `logits_chunk`: the steps whose logits are formed at once, for models with `hidden` and `unembed`. A gradient
+      forms them again. With a vocabulary of tens of thousands the logits of whole sequences are what takes most memory.
     """
     if truncate and chunk is None:
         raise ValueError("truncate cuts the gradient between pieces and needs a chunk, in steps; got chunk=None.")
+    if chunk is not None and logits_chunk is not None:
+        raise ValueError(
+            f"A piece of chunk={chunk} steps makes its own logits; got logits_chunk={logits_chunk} as well. Give one."
+        )
     summary = lambda logits, asked: score(logits, *asked)
     asked = batch.targets, batch.weights
-    scores = in_pieces(summary, model, batch.inputs, asked, chunk, key=key, truncate=truncate)
+    if logits_chunk is None:
+        options = {"resets": batch.resets, "key": key, "truncate": truncate}
+        scores = in_pieces(summary, model, batch.inputs, asked, chunk, **options)
+    else:
+        options = {"resets": batch.resets, "key": key}
+        scores = head_in_pieces(summary, model, batch.inputs, asked, logits_chunk, **options)
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), scores)

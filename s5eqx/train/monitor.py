@@ -4,8 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from s5eqx._typing import Array, Float
+from s5eqx._typing import Array, Bool, Float
 from s5eqx.nn import S5, Stack
+from s5eqx.train._leaves import trainable
 
 
 def spectral_radius(model: eqx.Module) -> Float[Array, ""] | None:
@@ -18,3 +19,9 @@ def spectral_radius(model: eqx.Module) -> Float[Array, ""] | None:
     ]
     radii = [jnp.max(radius) for radius in radii if radius is not None]
     return jnp.max(jnp.stack(radii)) if radii else None
+
+
+def all_finite(model: eqx.Module) -> Bool[Array, ""]:
+    """Whether every trained weight is a finite number."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable(model))]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)

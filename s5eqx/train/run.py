@@ -6,12 +6,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+
+from s5eqx.train.processes import done_by_first
 
 SETTINGS = "settings.json"
 PACKAGES = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
@@ -38,6 +41,8 @@ def open_run(
 ) -> Run:
     """Makes the folder of a run, or opens it again, and writes `settings.json` into it.
 
+    Of several processes the first does so, and all of them get its folder, which they must be able to reach.
+
     **Arguments:**
 
     - `settings`: all that decides what the run computes, fit for JSON, nested as you like.
@@ -48,26 +53,32 @@ def open_run(
     plain: dict = json.loads(json.dumps(settings))
     if resume and overwrite:
         raise ValueError("resume continues a run and overwrite deletes it: choose one")
-    if folder is None:
-        if resume or overwrite:
-            raise ValueError("resume and overwrite are about a run that exists: name its folder")
-        return _create(_fresh(Path(parent), stem), plain)
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the run's folder {folder} is a file; name another")
-    holds_run = (folder / SETTINGS).is_file()
-    if resume:
-        return _resume(folder, plain, holds_run)
-    if holds_run and not overwrite:
-        raise ValueError(
-            f"{folder} holds another run; continue it with resume, delete it with overwrite, or name another folder"
-        )
-    if holds_run:
-        shutil.rmtree(folder)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files that are not of a run; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return _create(folder, plain)
+    if folder is None and (resume or overwrite):
+        raise ValueError("resume and overwrite are about a run that exists: name its folder")
+
+    def prepare() -> str:
+        if folder is None:
+            return str(_create(_fresh(Path(parent), stem), plain))
+        return str(_open(Path(folder), plain, resume=resume, overwrite=overwrite))
+
+    return Run(Path(done_by_first(prepare)), plain, versions(), resumed=resume)
+
+
+def resume_command(run: Path, arguments: Sequence[str]) -> str:
+    """The command that continues a run.
+
+    **Arguments:**
+
+    - `run`: the run's folder.
+    - `arguments`: the words that the stopped script was started with, as in `sys.argv`. The script takes the run's
+      folder as `--run` and has the flags `--resume` and `--overwrite`.
+    """
+    script, *given = arguments
+    flags = {f"--{no}{flag}" for no in ("", "no-") for flag in ("resume", "overwrite")}
+    kept = [word for word in given if word not in flags]
+    is_named = any(word.split("=")[0] == "--run" for word in kept)
+    where = [] if is_named else ["--run", str(run)]
+    return shlex.join(["python", script, *kept, *where, "--resume"])
 
 
 def versions() -> dict[str, str]:
@@ -117,16 +128,34 @@ def _fresh(parent: Path, stem: str) -> Path:
             folder = parent / f"{name}-{number}"
 
 
-def _create(folder: Path, settings: dict) -> Run:
-    run = Run(folder, settings, versions(), resumed=False)
-    page = json.dumps({"settings": settings, "versions": run.versions}, indent=2)
+def _open(folder: Path, settings: dict, *, resume: bool, overwrite: bool) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the run's folder {folder} is a file; name another")
+    holds_run = (folder / SETTINGS).is_file()
+    if resume:
+        _check_settings(folder, settings, holds_run)
+        return folder
+    if holds_run and not overwrite:
+        raise ValueError(
+            f"{folder} holds another run; continue it with resume, delete it with overwrite, or name another folder"
+        )
+    if holds_run:
+        shutil.rmtree(folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files that are not of a run; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return _create(folder, settings)
+
+
+def _create(folder: Path, settings: dict) -> Path:
+    page = json.dumps({"settings": settings, "versions": versions()}, indent=2)
     part = folder / f"{SETTINGS}.part"
     part.write_text(page + "\n")
     os.replace(part, folder / SETTINGS)
-    return run
+    return folder
 
 
-def _resume(folder: Path, settings: dict, holds_run: bool) -> Run:
+def _check_settings(folder: Path, settings: dict, holds_run: bool) -> None:
     if not holds_run:
         raise ValueError(f"{folder} holds no run to resume: it has no {SETTINGS}")
     before, now = flat(json.loads((folder / SETTINGS).read_text())["settings"]), flat(settings)
@@ -137,4 +166,3 @@ def _resume(folder: Path, settings: dict, holds_run: bool) -> Run:
                 f"a run resumes with its own settings, but {name} was {was!r} and is now {given!r}; "
                 f"pass the settings in {folder / SETTINGS}, or start a new run"
             )
-    return Run(folder, settings, versions(), resumed=True)

@@ -6,12 +6,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, PyTree
-from s5eqx.data import AbstractTask
-from s5eqx.train._leaves import is_array_or_shape
+from s5eqx.data import AbstractCorpus, AbstractTask, Batch
+from s5eqx.models._pieces import row_keys
+from s5eqx.nn import buffer_mask
+from s5eqx.train._leaves import is_array_or_shape, trainable
+from s5eqx.train.diary import perplexity
+from s5eqx.train.feed import to_devices
+from s5eqx.train.gradient import Scorer
 from s5eqx.train.loss import Score, next_token
+from s5eqx.train.mesh import DATA, REPLICATED, check_mesh, on
 from s5eqx.train.optim import AbstractGroups
 
 INIT, DROPOUT = range(2)
@@ -43,8 +52,16 @@ class Trainer:
     - `steps_per_dispatch`: steps a call of `run`. Take many for small models, 1 for long sequences.
     - `eval_batch_size`: test examples that are evaluated at once.
     - `seed`: chooses the initial weights and the dropout. The task has its own seed.
-    - `loss`: `(model, batch, *, key) -> Score`; its mean loss is what training lowers. For sequences of many thousand
-      steps take `partial(next_token, chunk=2048)`.
+    - `loss`: `(model, batch, *, key) -> Score`; its mean loss is what training lowers. `key` is one a sequence. For
+      sequences of many thousand steps take `partial(next_token, chunk=2048)`, for a vocabulary of tens of thousands
+      `partial(next_token, logits_chunk=128)`.
+    - `mesh`: the devices to spread the work over, from `make_mesh`; `None` for one. Each holds the whole state.
+      `batch_size` is that of all devices. The numbers are those of one device but for rounding, and for dropout where
+      the length is split.
+    - `compute_dtype`: of the dense maths, such as bfloat16. Parameters, recurrences, losses and the optimiser keep
+      float32.
+    - `accumulate`: compute the gradient of a step in so many parts, one after the other, to save memory.
+    - `skip_nonfinite`: leave out so many updates in a row whose gradient is not finite.
     """
 
     def __init__(
@@ -58,34 +75,51 @@ class Trainer:
         eval_batch_size: int = 500,
         seed: int = 0,
         loss: Callable[..., Score] = next_token,
+        mesh: Mesh | None = None,
+        compute_dtype: DTypeLike | None = None,
+        accumulate: int = 1,
+        skip_nonfinite: int = 0,
     ):
         sizes = {
             "batch_size": batch_size,
             "steps_per_dispatch": steps_per_dispatch,
             "eval_batch_size": eval_batch_size,
+            "accumulate": accumulate,
         }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        self.task, self.policy, self.loss, self.seed = task, policy, loss, seed
-        self.batch_size, self.steps_per_dispatch = batch_size, steps_per_dispatch
-        self.eval_batch_size = min(eval_batch_size, task.num_test)
+        if batch_size % accumulate:
+            raise ValueError(f"accumulate must divide batch_size={batch_size}, got {accumulate}")
+        if skip_nonfinite < 0:
+            raise ValueError(f"skip_nonfinite counts updates and must be at least 0, got {skip_nonfinite}")
+        self.task, self.policy, self.seed, self.mesh = task, policy, seed, mesh
+        self.batch_size, self.steps_per_dispatch, self.accumulate = batch_size, steps_per_dispatch, accumulate
+        self.eval_batch_size, self.skip_nonfinite = min(eval_batch_size, task.num_test), skip_nonfinite
+        if mesh is not None:
+            check_mesh(mesh, {"batch_size / accumulate": batch_size // accumulate}, task.sequence_length)
+            self.eval_batch_size = -(-self.eval_batch_size // mesh.shape[DATA]) * mesh.shape[DATA]
+        self._scorer = Scorer(loss, mesh=mesh, compute_dtype=compute_dtype)
 
         key = jr.key(seed)
         skeleton = eqx.filter_eval_shape(build, jr.fold_in(key, INIT))
         self._optimiser = policy.optimiser(skeleton)
+        if skip_nonfinite:
+            self._optimiser = optax.apply_if_finite(self._optimiser, skip_nonfinite)
 
         def init(key):
             model = build(jr.fold_in(key, INIT))
             opt_state = self._optimiser.init(eqx.filter(model, eqx.is_inexact_array))
             return TrainState(jnp.int32(0), model, opt_state)
 
-        self.skeleton: TrainState = eqx.filter_eval_shape(init, key)
-        shapes, self._static = eqx.partition(self.skeleton, is_array_or_shape)
+        self._everywhere = None if mesh is None else on(mesh, REPLICATED)
+        place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._everywhere)
+        shapes, self._static = eqx.partition(eqx.filter_eval_shape(init, key), is_array_or_shape)
+        self.skeleton: TrainState = eqx.combine(jax.tree.map(place, shapes), self._static)
         self._treedef = jax.tree.structure(shapes)
-        self._init = jax.jit(lambda key: self.flatten(init(key)))
-        self._run = jax.jit(self._dispatch, donate_argnums=0)
-        self._evaluate = jax.jit(self._test_score)
+        self._init = jax.jit(lambda key: self.flatten(init(key)), out_shardings=self._everywhere)
+        self._run = jax.jit(self._dispatch, donate_argnums=0, out_shardings=self._everywhere)
+        self._evaluate = jax.jit(self._test_score, static_argnums=4, out_shardings=self._everywhere)
 
     def flatten(self, state: TrainState) -> list[Array]:
         """The arrays of a state, in the order that `run` takes."""
@@ -99,54 +133,92 @@ class Trainer:
         """The leaves of the state before the first step. Compiled: thousands of small calls become one."""
         return self._init(jr.key(self.seed))
 
-    def run(self, leaves: list[Array]) -> tuple[list[Array], dict[str, Float[Array, " steps"]]]:
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.task.sequence_length
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        params = trainable(self.skeleton.model)
+        frozen = buffer_mask(params)
+        sizes = jax.tree.map(lambda leaf, frozen: 0 if frozen else leaf.size, params, frozen)
+        return sum(jax.tree.leaves(sizes))
+
+    def model(self, state: TrainState) -> eqx.Module:
+        """The model as it is evaluated and saved: without dropout, and with the parameters that the optimiser means."""
+        params, rest = eqx.partition(state.model, eqx.is_inexact_array)
+        params = self.policy.evaluated(params, state.opt_state)
+        return eqx.nn.inference_mode(eqx.combine(params, rest))
+
+    def batches(self, step: int) -> Batch | None:
+        """What `run` takes for the steps from `step` on: the batches of a corpus, `None` for a task on the device."""
+        if not isinstance(self.task, AbstractCorpus):
+            return None
+        first, count = step * self.batch_size, self.steps_per_dispatch * self.batch_size
+        indices = first + np.arange(count, dtype=np.int64)
+        return to_devices(self.task.train, indices.reshape(self.steps_per_dispatch, -1), self.mesh)
+
+    def run(
+        self, leaves: list[Array], batches: Batch | None = None
+    ) -> tuple[list[Array], dict[str, Float[Array, " steps"]]]:
         """The next `steps_per_dispatch` steps. `leaves` are donated: use the returned ones.
 
         The metrics have one entry a step: `loss` (nats a position), `accuracy`, `grad_norm` (before
         clipping) and `lr/<group>`.
         """
-        return self._run(leaves)
+        if batches is None and isinstance(self.task, AbstractCorpus):
+            raise ValueError("a corpus lies on the host: pass its batches, trainer.batches(step)")
+        return self._run(leaves, batches)
 
-    def evaluate(self, leaves: list[Array], num_examples: int | None = None) -> dict[str, float]:
-        """Mean loss (nats a position) and accuracy on the first `num_examples` of the test, or on all."""
-        count = self.task.num_test if num_examples is None else min(num_examples, self.task.num_test)
-        scores = [
-            self._evaluate(leaves, jnp.int32(start), jnp.int32(count))
-            for start in range(0, count, self.eval_batch_size)
-        ]
-        total = sum(scores[1:], start=scores[0])
-        return {"loss": float(total.loss), "accuracy": float(total.accuracy)}
+    def evaluate(
+        self, leaves: list[Array], num_examples: int | None = None, *, task: AbstractTask | None = None
+    ) -> dict[str, float]:
+        """Mean loss (nats a position), its exponential, and accuracy: of the first `num_examples` of the test, or of
+        all.
 
-    def _dispatch(self, leaves):
-        steps = self.unflatten(leaves).step + jnp.arange(self.steps_per_dispatch, dtype=jnp.int32)
-        batches = jax.vmap(lambda step: self.task.train_batch(step, self.batch_size))(steps)
+        `task` is that of training if not given; of another one the examples must be as long.
+        """
+        task = self.task if task is None else task
+        count = task.num_test if num_examples is None else min(num_examples, task.num_test)
+        total = None
+        for start in range(0, count, self.eval_batch_size):
+            indices = start + np.arange(self.eval_batch_size, dtype=np.int32)
+            if isinstance(task, AbstractCorpus):
+                score = self._evaluate(
+                    leaves, to_devices(task.test, indices, self.mesh), indices, np.int32(count), None
+                )
+            else:
+                score = self._evaluate(leaves, None, indices, np.int32(count), task)
+            total = score if total is None else total + score
+        loss = float(total.loss)
+        return {"loss": loss, "accuracy": float(total.accuracy), "perplexity": perplexity(loss)}
+
+    def _dispatch(self, leaves, batches):
+        if batches is None:
+            steps = self.unflatten(leaves).step + jnp.arange(self.steps_per_dispatch, dtype=jnp.int32)
+            batches = jax.vmap(lambda step: self.task.train_batch(step, self.batch_size))(steps)
         return jax.lax.scan(lambda leaves, batch: self._step(leaves, batch), leaves, batches)
 
     def _step(self, leaves, batch):
         state = self.unflatten(leaves)
-        params, rest = eqx.partition(state.model, eqx.is_inexact_array)
         key = jr.fold_in(jr.fold_in(jr.key(self.seed), DROPOUT), state.step)
-
-        def objective(params):
-            result = self.loss(eqx.combine(params, rest), batch, key=key)
-            return result.loss, result
-
-        grads, result = jax.grad(objective, has_aux=True)(params)
+        keys = row_keys(key, self.batch_size)
+        score, grads = self._scorer.gradient(state.model, batch, keys, parts=self.accumulate)
+        params = eqx.filter(state.model, eqx.is_inexact_array)
         updates, opt_state = self._optimiser.update(grads, state.opt_state, params)
         model = eqx.apply_updates(state.model, updates)
         rates = self.policy.learning_rates(state.step)
         metrics = {
-            "loss": result.loss,
-            "accuracy": result.accuracy,
+            "loss": score.loss,
+            "accuracy": score.accuracy,
             "grad_norm": optax.tree.norm(grads),
             **{f"lr/{name}": jnp.asarray(rate, jnp.float32) for name, rate in rates.items()},
         }
         return self.flatten(TrainState(state.step + 1, model, opt_state)), metrics
 
-    def _test_score(self, leaves, start, stop):
-        model = eqx.nn.inference_mode(self.unflatten(leaves).model)
-        indices = start + jnp.arange(self.eval_batch_size, dtype=jnp.int32)
-        batch = self.task.test(indices)
+    def _test_score(self, leaves, batch, indices, stop, task):
+        batch = task.test(indices) if batch is None else batch
         inside = (indices < stop)[:, None]
         batch = eqx.tree_at(lambda b: b.weights, batch, jnp.where(inside, batch.weights, 0))
-        return self.loss(model, batch, key=None)
+        return self._scorer.score(self.model(self.unflatten(leaves)), batch)

@@ -1,0 +1,42 @@
+"""From examples on the host to arrays on the devices, each process reading what its own devices hold."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from s5eqx._typing import Int
+from s5eqx.data import Batch
+from s5eqx.train.mesh import DATA, SEQUENCE, on
+
+
+def to_devices(
+    examples: Callable[[Int[np.ndarray, " B"]], Batch], indices: Int[np.ndarray, "*steps B"], mesh: Mesh | None
+) -> Batch:
+    """The batch `examples(indices)`, whose arrays are (*steps, B, L).
+
+    On a mesh they lie as the trainer takes them, rows over one axis and length over the other, and `examples` is asked
+    for the rows of this process alone.
+    """
+    if mesh is None:
+        batch = examples(indices.reshape(-1))
+        return jax.tree.map(lambda a: jax.device_put(a.reshape(*indices.shape, a.shape[-1])), batch)
+    sharding = on(mesh, PartitionSpec(*(None,) * (indices.ndim - 1), DATA, SEQUENCE))
+    leaves, structure = jax.tree.flatten(examples(indices.reshape(-1)[:1]))
+    shape = (*indices.shape, leaves[0].shape[-1])
+    read: dict[tuple, list[np.ndarray]] = {}  # rows once, for all devices that hold some of them
+
+    def piece(leaf: int, where: tuple[slice, ...]) -> np.ndarray:
+        *rows, columns = where
+        name = tuple((s.start, s.stop) for s in rows)
+        if name not in read:
+            asked = indices[tuple(rows)]
+            batch = examples(asked.reshape(-1))
+            read[name] = [a.reshape(*asked.shape, a.shape[-1]) for a in jax.tree.leaves(batch)]
+        return read[name][leaf][..., columns]
+
+    arrays = [
+        jax.make_array_from_callback(shape, sharding, lambda where, i=i: piece(i, where)) for i in range(len(leaves))
+    ]
+    return jax.tree.unflatten(structure, arrays)

@@ -10,12 +10,14 @@ come on top. Prints a table in Markdown. Two minutes.
 
 import argparse
 import dataclasses
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from wikitext103 import PRESETS, Settings, build
+from _language_models import PRESETS, Settings, build
 
 from s5eqx.data import Batch
 from s5eqx.train import next_token
@@ -44,13 +46,13 @@ def temporaries(model, s: Settings, logits_chunk: int | None, dtype=None) -> flo
         return next_token(model, batch, key=key, logits_chunk=logits_chunk)
 
     scorer = Scorer(loss, mesh=None, compute_dtype=dtype)
-    tokens = jax.ShapeDtypeStruct((s.batch_size, s.length), jnp.int32)
-    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
+    shape: Any = partial(jax.ShapeDtypeStruct, (s.batch_size, s.length))
+    batch = Batch(shape(jnp.int32), shape(jnp.int32), shape(jnp.float32))
     keys = jax.eval_shape(lambda: jr.split(jr.key(0), s.batch_size))
     arrays, rest = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     gradient = lambda arrays, batch, keys: scorer.gradient(eqx.combine(arrays, rest), batch, keys, parts=1)
-    compiled = jax.jit(gradient).lower(arrays, batch, keys).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    analysis: Any = jax.jit(gradient).lower(arrays, batch, keys).compile().memory_analysis()
+    return analysis.temp_size_in_bytes / 2**20
 
 
 def main(s: Settings, vocab_size: int, chunk: int):
@@ -58,7 +60,7 @@ def main(s: Settings, vocab_size: int, chunk: int):
         eqx.filter_eval_shape(build(dataclasses.replace(s, remat=remat), vocab_size), jr.key(0))
         for remat in (False, True)
     )
-    bare = NoLayers(jax.ShapeDtypeStruct((vocab_size, s.width), jnp.float32))
+    bare = eqx.filter_eval_shape(NoLayers, jax.ShapeDtypeStruct((vocab_size, s.width), jnp.float32))
     print(f"batch {s.batch_size}, L = {s.length}, V = {vocab_size:,}\n")
     print(f"| temporaries, MiB | all logits at once | of {chunk} steps at once | |\n|---|---|---|---|")
     for name, whole, dtype in (

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 from _command import parse
-from wikitext103 import PRESETS, Where
+from _language_models import PRESETS
+from wikitext103 import Where
 
 from s5eqx.train import interruption
 
@@ -71,7 +72,7 @@ def best_rate(results: dict[float, list[dict]]) -> float:
 
 def table(found: dict[str, dict[float, list[dict]]], seeds: int) -> str:
     """The learning rates of each preset, in Markdown."""
-    head = f"validation perplexity, seed 0 | test perplexity, {seeds} seeds | parameters | seconds a run"
+    head = f"validation perplexity, seed 0 | test perplexity (seeds: {seeds}) | parameters | seconds a run"
     lines = [f"| mixer | learning rate | {head} |", "|---|---|---|---|---|---|"]
     for results in found.values():
         for rate, runs in results.items():
@@ -107,7 +108,7 @@ def main(words: list[str]):
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="the corpus, as wikitext103.py takes it; WikiText-103 if not given")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="peak learning rates")
+    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="peak learning rates")
     parser.add_argument("--seeds", type=int, default=3, help="runs of the best learning rate")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["tiny", "tiny-transformer"])
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where the runs are")

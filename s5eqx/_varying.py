@@ -1,6 +1,10 @@
 """Inside `jax.shard_map`: over which mesh axes a value varies from device to device, and how to say that it does."""
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+
+from s5eqx._typing import Array
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -22,3 +26,11 @@ def varying_over(axes: frozenset[str], x: jax.Array) -> jax.Array:
 def varying_like(x: jax.Array, constant: jax.Array) -> jax.Array:
     """`constant`, varying over the mesh axes that `x` varies over: a loop's carry must."""
     return varying_over(varying_axes(x), constant)
+
+
+def error_if(x: Array, wrong: Array, message: str) -> jax.Array:
+    """`eqx.error_if` for integers, inside `jax.shard_map` too.
+
+    What Equinox's error branch returns does not vary, so both branches return a zero that does not, to be added.
+    """
+    return jnp.asarray(x) + eqx.error_if(jnp.zeros((), x.dtype), wrong, message)

@@ -246,6 +246,16 @@ def test_a_save_that_fails_is_told_and_the_one_before_is_there(tmp_path, monkeyp
     assert metadata == {"step": 10}
 
 
+def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(os, "mkdir", full)
+        with pytest.raises(OSError, match=r"checkpoint of step 10 .*No space left.*there is none before it"):
+            checkpoints.save(10, state(), {})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

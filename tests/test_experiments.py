@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import tyro
 from helpers import quick_jit
 
 from s5eqx import nn
-from s5eqx.data import AssocRecall
+from s5eqx.data import AssocRecall, Documents, train_bpe
 from s5eqx.generate import generate
 from s5eqx.interop import load, save
 from s5eqx.models import LanguageModel
@@ -169,6 +170,38 @@ def test_generate_writes_whole_characters_until_ctrl_c(speaker, asked, monkeypat
     assert summary["tokens"] == 9 and summary["log_prob"] == -0.5
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A tokenizer of the bytes and some words, and its file."""
+    documents = Documents("these", "these", lambda: iter(["né a 日本 model of the state, the state of a model"] * 9))
+    folder = tmp_path_factory.mktemp("reader")
+    tokenizer = train_bpe(documents, 262, cache=folder, progress=False)
+    tokenizer.save(folder / "tokenizer.json")
+    return tokenizer, folder / "tokenizer.json"
+
+
+def test_generate_reads_and_writes_by_a_tokenizer(reader, asked, monkeypatch, tmp_path):
+    tokenizer, file = reader
+    model = LanguageModel(300, 8, lambda key: nn.ShortConv(8, 3, key=key), num_layers=1, mlp_width=8, key=jr.key(1))
+    save(tmp_path / "model", model)
+    prompt, *parts = tokenizer.encode(["Hé, the model", " né state 日本", "日"])
+    given, written = [], []
+
+    def stream(model, prompt, num_tokens, **options):
+        given.append(prompt.tolist())
+        for token in [*parts[0].tolist(), 299, 0, *parts[1][:-1].tolist()]:
+            written.append(sys.stdout.getvalue())
+            yield token, -0.5
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    asked(tmp_path / "model", "Hé, the model", "--tokenizer", file, stream=stream)
+    assert given == [prompt.tolist()] and len(prompt) < len("Hé, the model".encode())
+    assert sys.stdout.getvalue() == " né state 日本<299><|endoftext|>\ufffd\n"
+    pieces = [after[len(before) :] for before, after in itertools.pairwise(written)]
+    assert "".join(pieces) == " né state 日本<299><|endoftext|>" and "\ufffd" not in "".join(written)
+    assert max(map(len, pieces[:-2])) < 8, "it comes in pieces"
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [
@@ -181,14 +214,17 @@ def test_generate_writes_whole_characters_until_ctrl_c(speaker, asked, monkeypat
         (["{tmp}/small", " ", "--ids"], "at least one token, got none"),
         (["{tmp}/small", "1", "--ids", "--greedy", "--top-k", "3"], "greedy draws nothing"),
         (["{tmp}/small", "1", "--ids", "--top-p", "0"], "p must lie in"),
+        (["{tmp}/small", "x", "--tokenizer", "{tokenizer}"], "must have at most the 4 tokens of the model"),
+        (["{tmp}/small", "x", "--tokenizer", "no.json"], "no file is no.json"),
+        (["{tmp}/small", "1", "--ids", "--tokenizer", "{tokenizer}"], "leave out one of the two"),
     ],
 )
-def test_generate_refuses(words, complaint, asked, tmp_path):
+def test_generate_refuses(words, complaint, asked, reader, tmp_path):
     mixer = lambda key: nn.ShortConv(8, 3, key=key)
     save(tmp_path / "small", LanguageModel(4, 8, mixer, num_layers=1, mlp_width=8, key=jr.key(1)))
     save(tmp_path / "layer", mixer(jr.key(1)))
     with pytest.raises(ValueError, match=complaint):
-        asked(*[word.format(tmp=tmp_path) for word in words])
+        asked(*[word.format(tmp=tmp_path, tokenizer=reader[1]) for word in words])
 
 
 def test_generate_complains_in_one_line(tmp_path):

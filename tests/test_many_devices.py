@@ -64,6 +64,16 @@ def test_parts_and_devices_have_the_gradient_of_the_whole(data, sequence, parts,
         np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-6)
 
 
+def test_devices_where_errors_are_checked_as_it_runs():
+    """Attention and learned positions, which know only then how long a packed sequence is, in pieces."""
+    mixer = lambda key: Attention(4, max_length=20, key=key)
+    build = lambda key: LanguageModel(10, 4, mixer, num_layers=1, mlp_width=4, max_length=20, key=key)
+    model, loss = quick_jit(build)(jr.key(0)), partial(next_token, chunk=5)
+    spread, one = (gradient(model, packed(4, 10), mesh=mesh, loss=loss) for mesh in (make_mesh(2, 1), None))
+    for ours, exact in zip(spread, one, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-6)
+
+
 def test_dense_maths_in_bfloat16(model, expected):
     """Parameters, score and gradient stay float32; the gradient is near that of float32."""
     ours = gradient(model, packed(4, 12), loss=partial(next_token, logits_chunk=5), dtype=jnp.bfloat16)
@@ -148,6 +158,11 @@ def test_a_mesh_has_its_two_axes():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
     with pytest.raises(ValueError, match=r"axes 'data' and 'sequence', got \('batch',\); see make_mesh"):
         tiny.trainer(mesh=mesh)
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    with pytest.raises(ValueError, match=r"axes of the mesh must be of type Auto, .*take s5eqx.train.make_mesh"):
+        tiny.trainer(mesh=jax.make_mesh((2, 1), ("data", "sequence"), axis_types=kinds))
+    with pytest.raises(ValueError, match=r"in a LanguageModel, got Bigram"):
+        tiny.trainer(mesh=make_mesh(1, 2))
 
 
 def in_two(model, tokens):
@@ -160,7 +175,7 @@ def test_what_cannot_be_split_over_the_length_is_refused(key):
     model = lambda mixer, **options: LanguageModel(10, 4, (mixer,), mlp_width=4, key=key, **options)
     attention, taps = Attention(4, max_length=8, key=key), ShortConv(4, 4, key=key)
     tokens = jnp.zeros(4, jnp.int32)
-    with pytest.raises(ValueError, match=r"S5, a short convolution .*got a Attention"):
+    with pytest.raises(ValueError, match=r"S5, a short convolution .*got Attention"):
         in_two(model(attention), tokens)
     with pytest.raises(ValueError, match=r"at least the 3 samples .* got pieces of 2"):
         in_two(model(taps), tokens)
@@ -182,8 +197,8 @@ def on_eight_devices():
     "mesh, gathered", [("8 x 1", 0), ("4 x 1", 0), ("2 x 4", 4 * 2 * 4 * 2), ("1 x 8", 8 * 8 * 4 * 2)]
 )
 def test_eight_devices_train_as_one(mesh, gathered, on_eight_devices):
-    """Where the length is split, the states of all pieces are gathered: pieces x sequences x P x 2 numbers, 8 x 8 x 4 x 2
-    and 4 x 2 x 4 x 2, of which the length is no part."""
+    """Where the length is split, the states of all pieces are gathered: pieces x sequences x P x 2 numbers, that is
+    4 x 2 x 4 x 2 and 8 x 8 x 4 x 2, of which the length is no part."""
     result = on_eight_devices[mesh]
     assert result["error"] < 1e-5
     assert result["all-gather"] == gathered

@@ -284,6 +284,8 @@ def test_evaluation_is_of_the_examples_asked_for(trainer):
         assert given["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
         assert given["accuracy"] == pytest.approx(float(expected.accuracy))
     assert trainer.evaluate(leaves) == trainer.evaluate(leaves, 30) == trainer.evaluate(leaves, 99)
+    with pytest.raises(ValueError, match="at least 1 example must be evaluated, got 0 of 30"):
+        trainer.evaluate(leaves, 0)
 
 
 def test_a_language_model_learns():

@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-import equinox as eqx
 import jax.numpy as jnp
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray
+from s5eqx._varying import error_if
 from s5eqx.nn._mixer import AbstractMixer
 
 Mixer = TypeVar("Mixer", bound=AbstractMixer)
@@ -43,7 +43,7 @@ def count_layers(mixer: Callable[[PRNGKeyArray], Mixer] | tuple[Mixer, ...], num
 def token_rows(table: Float[Array, "V D"], tokens: Int[Array, "*L"]) -> Float[Array, "*L D"]:
     """Rows of an embedding. A token outside gives NaN, or an error where S5EQX_DEBUG=1 is set."""
     if os.environ.get("S5EQX_DEBUG") == "1":
-        tokens = eqx.error_if(
+        tokens = error_if(
             tokens,
             (tokens < 0) | (tokens >= len(table)),
             f"Every token must lie in [0, vocab_size={len(table)}), and one does not. Check what made the tokens, or "

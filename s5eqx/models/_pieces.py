@@ -62,7 +62,7 @@ def in_pieces(
         logits = each_row(run, tokens, resets, row_keys(key, size))
         return jax.tree.map(lambda a: a[None], summary(logits, columns))
     _check_chunk(chunk, "chunk")
-    check_streams(model, "chunk", "leave it out")
+    check_streams(model, "chunk", "leave it out, or give logits_chunk")
 
     def one(states, piece, key):
         tokens, resets, columns = piece

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
+from s5eqx._varying import error_if
 from s5eqx.models._parts import count_layers, token_rows
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.models.pool import AbstractPool, MeanPool
@@ -184,7 +185,7 @@ class RetrievalClassifier(eqx.Module):
 
 def _inside(length: Int[Array, ""], steps: int) -> Int[Array, ""]:
     length = length.astype(jnp.int32)
-    return eqx.error_if(
+    return error_if(
         length,
         (length < 1) | (length > steps),
         f"length counts the steps before the padding and must lie in [1, {steps}]. Drop empty sequences, and pad to "

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
+from s5eqx._varying import error_if
 from s5eqx.models._parts import count_layers, rows, token_rows
 from s5eqx.models.backbone import Backbone
 from s5eqx.models.init import AbstractInit, DefaultInit
@@ -190,7 +191,7 @@ class LanguageModel(AbstractComposed):
                     f"{tokens.size}. Build it with a larger max_length, or pass `reset` for packed sequences."
                 )
             position, index = positions(position, tokens.size, None if reset is None else reset.reshape(-1))
-            index = eqx.error_if(
+            index = error_if(
                 index,
                 index >= max_length,
                 f"A sequence is longer than the learned positions, max_length={max_length} tokens. Build the "

@@ -39,6 +39,6 @@ def _entering(
     if jax.tree.leaves(state):
         raise ValueError(
             f"A sequence can be split over devices where every mixer is an S5, a short convolution or acts on each "
-            f"step alone, as in Hyena-S5; got a {type(mixer).__name__}. Split the batch instead, or change the mixer."
+            f"step alone, as in Hyena-S5; got {type(mixer).__name__}. Split the batch instead, or change the mixer."
         )
     return state

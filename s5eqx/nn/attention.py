@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree, checked
+from s5eqx._varying import error_if
 from s5eqx.nn._check import check_rate
 from s5eqx.nn._mixer import AbstractCausalMixer
 from s5eqx.nn._position import positions
@@ -196,7 +197,7 @@ class Attention(AbstractCausalMixer):
             raise ValueError(f"{message} Got {steps}.")
         if index is None and reset is None:
             return after, here
-        return after, eqx.error_if(here, jnp.any(here >= self.max_length), message)
+        return after, error_if(here, jnp.any(here >= self.max_length), message)
 
     def _heads(self, z, position):
         heads = (3, self.num_heads, z.shape[-1] // (3 * self.num_heads))

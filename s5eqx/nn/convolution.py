@@ -3,11 +3,11 @@
 import abc
 from typing import ClassVar
 
-import equinox as eqx
 import jax.numpy as jnp
 
 from s5eqx import ops
 from s5eqx._typing import Array, Bool, Float, Int, PRNGKeyArray, checked
+from s5eqx._varying import error_if
 from s5eqx.nn._mixer import AbstractCausalMixer, refuse_reset
 
 State = tuple[Int[Array, ""], Float[Array, "past D"]]
@@ -106,7 +106,7 @@ class Convolution(AbstractConvolution):
     def _advance(self, state, steps):
         self._check_length(steps)
         position, window = state
-        position = eqx.error_if(
+        position = error_if(
             position + steps,
             position + steps > len(self.kernel),
             f"A sequence is longer than its convolution's kernel, {len(self.kernel)} steps. Build the layer with a "

@@ -5,6 +5,7 @@ from s5eqx.train.log import Logger as Logger
 from s5eqx.train.loop import fit as fit
 from s5eqx.train.loss import Score as Score
 from s5eqx.train.loss import next_token as next_token
+from s5eqx.train.loss import perplexity as perplexity
 from s5eqx.train.loss import score as score
 from s5eqx.train.mesh import make_mesh as make_mesh
 from s5eqx.train.mesh import on_one_device as on_one_device

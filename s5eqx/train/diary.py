@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from s5eqx.train.loss import perplexity
+
 
 class Diary:
     """Collects the metrics of steps into records. `history` is the list of them, fit for JSON.
@@ -97,11 +99,3 @@ class Diary:
                 means[name if "/" in name else f"train/{name}"] = float(column[finite].mean())
             means["train/perplexity"] = perplexity(means["train/loss"])
         return means
-
-
-def perplexity(loss: float) -> float:
-    """e to the power of a loss in nats; infinite where that is beyond a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

@@ -1,6 +1,7 @@
 """From examples on the host to arrays on the devices, each process reading what its own devices hold."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,8 +28,8 @@ def to_devices(
     shape = (*indices.shape, leaves[0].shape[-1])
     read: dict[tuple, list[np.ndarray]] = {}  # rows once, for all devices that hold some of them
 
-    def piece(leaf: int, where: tuple[slice, ...]) -> np.ndarray:
-        *rows, columns = where
+    def piece(leaf: int, where: Any) -> np.ndarray:
+        *rows, columns = where  # slices
         name = tuple((s.start, s.stop) for s in rows)
         if name not in read:
             asked = indices[tuple(rows)]

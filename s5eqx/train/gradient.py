@@ -62,16 +62,21 @@ class Scorer:
                 score = self._score(eqx.combine(params, rest), batch, keys)
                 return score.nll, score
 
-            def add(total, part):
+            def of(part):
                 gradient, score = jax.grad(nll, has_aux=True)(params, *part)
-                return jax.tree.map(jnp.add, total, (score, gradient)), None
+                return score, gradient
 
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, of(part)), None
+
+            if parts == 1:
+                return self._sum(of((batch, keys)))
             groups = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), (batch, keys))
-            first, others = (jax.tree.map(lambda a, i=i: a[i], groups) for i in (0, slice(1, None)))
-            gradient, score = jax.grad(nll, has_aux=True)(params, *first)
-            if parts > 1:
-                (score, gradient), _ = lax.scan(add, (score, gradient), others)
-            return self._sum((score, gradient))
+            first = jax.tree.map(lambda a: a[0], groups)
+            zero = lambda a: varying_over(self._axes, jnp.zeros(a.shape, a.dtype))
+            # All in the loop: the program is compiled once, not once for the first part and once for the others.
+            total, _ = lax.scan(add, jax.tree.map(zero, jax.eval_shape(of, first)), groups)
+            return self._sum(total)
 
         score, gradient = self._spread(local, model, batch, keys)
         weight = jnp.where(score.weight > 0, score.weight, 1)

@@ -1,5 +1,6 @@
 """How far a model's predictions are from a batch, in sums that add up over batches."""
 
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -89,3 +90,11 @@ def next_token(
         options = {"resets": batch.resets, "key": key}
         scores = head_in_pieces(summary, model, batch.inputs, asked, logits_chunk, **options)
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), scores)
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a loss in nats; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

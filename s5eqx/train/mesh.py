@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from s5eqx._typing import PyTree
 
@@ -26,17 +26,17 @@ def make_mesh(data: int | None = None, sequence: int = 1) -> Mesh:
     devices = jax.devices()
     if sequence < 1 or (data is not None and data < 1):
         raise ValueError(f"a mesh has at least 1 device along each axis, got data={data}, sequence={sequence}")
-    if data is None:
-        data = max(1, len(devices) // sequence)
+    all_of_them = data is None or jax.process_count() > 1
+    data = max(1, len(devices) // sequence) if data is None else data
     if data * sequence > len(devices):
         raise ValueError(
             f"a mesh of data={data} by sequence={sequence} needs {data * sequence} devices, there are {len(devices)}; "
             f"take fewer, or start more processes"
         )
-    if data * sequence < len(devices) and jax.process_count() > 1:
+    if all_of_them and data * sequence < len(devices):
         raise ValueError(
-            f"with several processes a mesh takes all {len(devices)} devices, got data={data} by sequence={sequence}; "
-            f"leave data out"
+            f"the mesh must take all {len(devices)} devices where data is None or there are several processes, got "
+            f"data={data} by sequence={sequence}; take a sequence that divides them"
         )
     return Mesh(np.array(devices[: data * sequence]).reshape(data, sequence), (DATA, SEQUENCE))
 
@@ -45,6 +45,11 @@ def check_mesh(mesh: Mesh, rows: dict[str, int], length: int) -> None:
     """Refuses a mesh that does not divide the numbers of `rows` or the length of a sequence."""
     if tuple(mesh.axis_names) != (DATA, SEQUENCE):
         raise ValueError(f"the mesh must have the axes {DATA!r} and {SEQUENCE!r}, got {mesh.axis_names}; see make_mesh")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"the axes of the mesh must be of type Auto, got {mesh.axis_types}; take s5eqx.train.make_mesh in place of "
+            f"jax.make_mesh, or give that its axis_types"
+        )
     for name, size in rows.items():
         if size % mesh.shape[DATA]:
             raise ValueError(

@@ -24,10 +24,10 @@ class Result:
     """What came of `fit`.
 
     `state` is the last one and `best` the one with the least evaluated loss, of those that were saved: without a run
-    it is the last one too. `history` has a record for each time something was logged: `step`, `seconds` of training until then, the
-    means of the metrics since the last record (`train/loss`, ...) and, after an evaluation, `test/loss`,
-    `test/accuracy` and `test/perplexity`, with the task's `split` in place of `test`. `steps_per_second` is that of
-    this process, without compilation and evaluation.
+    it is the last one too. `history` has a record for each time something was logged: `step`, `seconds` of training
+    until then, the means of the metrics since the last record (`train/loss`, ...) and, after an evaluation,
+    `test/loss`, `test/accuracy` and `test/perplexity`, with the task's `split` in place of `test`. `steps_per_second`
+    is that of this process, without compilation and evaluation.
     """
 
     state: TrainState

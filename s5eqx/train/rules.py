@@ -75,7 +75,8 @@ class Muon(AbstractRule):
 class Soap(AbstractRule):
     """Adam in the eigenbases of Shampoo's factors. For matrices; the axes in front of the last two are stacks of them.
 
-    The arguments are those of `scale_by_soap`.
+    The arguments are those of `scale_by_soap`. Where a gradient has next to nothing, rounding decides on directions of
+    whole steps: other numbers of devices or parts give other runs, though as good ones.
 
     Source: arXiv 2409.11321.
     """

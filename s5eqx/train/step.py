@@ -13,14 +13,14 @@ from jax.typing import DTypeLike
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, PyTree
 from s5eqx.data import AbstractCorpus, AbstractTask, Batch
+from s5eqx.models import LanguageModel, SequenceParallel
 from s5eqx.models._pieces import row_keys
 from s5eqx.nn import buffer_mask
 from s5eqx.train._leaves import is_array_or_shape, trainable
-from s5eqx.train.diary import perplexity
 from s5eqx.train.feed import to_devices
 from s5eqx.train.gradient import Scorer
-from s5eqx.train.loss import Score, next_token
-from s5eqx.train.mesh import DATA, REPLICATED, check_mesh, on
+from s5eqx.train.loss import Score, next_token, perplexity
+from s5eqx.train.mesh import DATA, REPLICATED, SEQUENCE, check_mesh, on
 from s5eqx.train.optim import AbstractGroups
 
 INIT, DROPOUT = range(2)
@@ -52,16 +52,17 @@ class Trainer:
     - `steps_per_dispatch`: steps a call of `run`. Take many for small models, 1 for long sequences.
     - `eval_batch_size`: test examples that are evaluated at once.
     - `seed`: chooses the initial weights and the dropout. The task has its own seed.
-    - `loss`: `(model, batch, *, key) -> Score`; its mean loss is what training lowers. `key` is one a sequence. For
-      sequences of many thousand steps take `partial(next_token, chunk=2048)`, for a vocabulary of tens of thousands
-      `partial(next_token, logits_chunk=128)`.
+    - `loss`: `(model, batch, *, key) -> Score`; its mean loss is what training lowers. `key` is one a sequence, or None
+      in evaluation. For sequences of many thousand steps take `partial(next_token, chunk=2048)`, for a vocabulary of
+      tens of thousands `partial(next_token, logits_chunk=128)`.
     - `mesh`: the devices to spread the work over, from `make_mesh`; `None` for one. Each holds the whole state.
       `batch_size` is that of all devices. The numbers are those of one device but for rounding, and for dropout where
       the length is split.
     - `compute_dtype`: of the dense maths, such as bfloat16. Parameters, recurrences, losses and the optimiser keep
       float32.
     - `accumulate`: compute the gradient of a step in so many parts, one after the other, to save memory.
-    - `skip_nonfinite`: leave out so many updates in a row whose gradient is not finite.
+    - `skip_nonfinite`: leave out so many updates in a row whose gradient is not finite. The schedule does not count
+      them.
     """
 
     def __init__(
@@ -103,6 +104,13 @@ class Trainer:
 
         key = jr.key(seed)
         skeleton = eqx.filter_eval_shape(build, jr.fold_in(key, INIT))
+        if mesh is not None and mesh.shape[SEQUENCE] > 1:
+            if not isinstance(skeleton, LanguageModel):
+                raise ValueError(
+                    f"a length can be split over devices in a LanguageModel, got {type(skeleton).__name__}; split the "
+                    f"batch instead"
+                )
+            SequenceParallel(skeleton, SEQUENCE)  # refuses what it does not take, before anything is compiled
         self._optimiser = policy.optimiser(skeleton)
         if skip_nonfinite:
             self._optimiser = optax.apply_if_finite(self._optimiser, skip_nonfinite)
@@ -181,16 +189,18 @@ class Trainer:
         """
         task = self.task if task is None else task
         count = task.num_test if num_examples is None else min(num_examples, task.num_test)
-        total = None
-        for start in range(0, count, self.eval_batch_size):
+        if count < 1:
+            raise ValueError(f"at least 1 example must be evaluated, got {num_examples} of {task.num_test}")
+
+        def one(start: int) -> Score:
             indices = start + np.arange(self.eval_batch_size, dtype=np.int32)
+            batch, made = None, task  # a corpus is read here, another task makes its examples on the device
             if isinstance(task, AbstractCorpus):
-                score = self._evaluate(
-                    leaves, to_devices(task.test, indices, self.mesh), indices, np.int32(count), None
-                )
-            else:
-                score = self._evaluate(leaves, None, indices, np.int32(count), task)
-            total = score if total is None else total + score
+                batch, made = to_devices(task.test, indices, self.mesh), None
+            return self._evaluate(leaves, batch, indices, np.int32(count), made)
+
+        scores = [one(start) for start in range(0, count, self.eval_batch_size)]
+        total = sum(scores[1:], start=scores[0])
         loss = float(total.loss)
         return {"loss": loss, "accuracy": float(total.accuracy), "perplexity": perplexity(loss)}
 
@@ -208,7 +218,9 @@ class Trainer:
         params = eqx.filter(state.model, eqx.is_inexact_array)
         updates, opt_state = self._optimiser.update(grads, state.opt_state, params)
         model = eqx.apply_updates(state.model, updates)
-        rates = self.policy.learning_rates(state.step)
+        # The optimiser does not count what it leaves out.
+        left_out = state.opt_state.total_notfinite if self.skip_nonfinite else 0
+        rates = self.policy.learning_rates(state.step - left_out)
         metrics = {
             "loss": score.loss,
             "accuracy": score.accuracy,

@@ -108,7 +108,7 @@ def main(words: list[str]):
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="the corpus, as wikitext103.py takes it; WikiText-103 if not given")
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3, 8e-3], help="peak learning rates")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 8e-3, 2e-2], help="peak learning rates")
     parser.add_argument("--seeds", type=int, default=3, help="runs of the best learning rate")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["tiny", "tiny-transformer"])
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where the runs are")

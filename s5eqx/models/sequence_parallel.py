@@ -14,8 +14,8 @@ class SequenceParallel(eqx.Module):
     memory of all devices allows.
 
         split = PartitionSpec("sequence")
-        run = lambda model, tokens: SequenceParallel(model, "sequence")(tokens)
-        logits = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split)(model, tokens)
+        run = lambda tokens: SequenceParallel(model, "sequence")(tokens)
+        logits = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split)(tokens)
 
     Devices exchange the states of the S5 layers and the tails of the short convolutions, and nothing else; the result
     is that of one device. Dropout, which needs a `key`, is drawn for each piece. Pieces have one length.

@@ -179,7 +179,7 @@ class S5(AbstractCausalMixer):
         self, x: Float[Array, "L D"], *, axis_name: str, reset: Bool[Array, " L"] | None = None
     ) -> Complex[Array, " P"]:
         """The state before this device's piece `x` of a sequence that is split over a mesh axis; see
-        `ops.entering_state`."""
+        `ops.entering_state_pairs`."""
         Lambda_bar, B_bar, _ = self.discretised()
         w_in = as_pairs(B_bar).swapaxes(0, 1).reshape(x.shape[1], -1)
         drive = (x.astype(w_in.dtype) @ w_in).reshape(len(x), -1, 2)

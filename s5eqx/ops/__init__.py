@@ -14,7 +14,6 @@ from s5eqx.ops.scan import diagonal_scan as diagonal_scan
 from s5eqx.ops.scan import diagonal_scan_pairs as diagonal_scan_pairs
 from s5eqx.ops.scan import final_state as final_state
 from s5eqx.ops.scan import final_state_pairs as final_state_pairs
-from s5eqx.ops.sharded import entering_state as entering_state
 from s5eqx.ops.sharded import entering_state_pairs as entering_state_pairs
 from s5eqx.ops.sharded import sharded_scan as sharded_scan
 from s5eqx.ops.sharded import sharded_scan_pairs as sharded_scan_pairs

@@ -63,23 +63,6 @@ def sharded_scan_pairs(
 
 
 @checked
-def entering_state(
-    a: Inexact[Array, "..."],
-    b: Inexact[Array, "*batch L P"],
-    x0: Inexact[Array, "..."] | None = None,
-    *,
-    axis_name: str | tuple[str, ...],
-    reset: Bool[Array, "..."] | None = None,
-    reverse: bool = False,
-) -> Inexact[Array, "*batch P"]:
-    """The state that `sharded_scan` enters this device's steps with, for those who run the steps by other means.
-
-    `diagonal_scan(a, b, entering_state(a, b, x0, ...))` is `sharded_scan(a, b, x0, ...)`.
-    """
-    return _entering(a, b, x0, axis_name, reset, reverse, pairs=False)
-
-
-@checked
 def entering_state_pairs(
     a: Float[Array, "..."],
     b: Float[Array, "*batch L P 2"],
@@ -89,7 +72,8 @@ def entering_state_pairs(
     reset: Bool[Array, "..."] | None = None,
     reverse: bool = False,
 ) -> Float[Array, "*batch P 2"]:
-    """`entering_state` for complex numbers stored as pairs (re, im) of floats."""
+    """The state that `sharded_scan_pairs` enters this device's steps with, for those who run the steps by other means:
+    `diagonal_scan_pairs(a, b, entering_state_pairs(a, b, x0, ...))` is `sharded_scan_pairs(a, b, x0, ...)`."""
     return _entering(a, b, x0, axis_name, reset, reverse, pairs=True)
 
 

@@ -31,6 +31,7 @@ class AbstractTask(abc.ABC):
 
     num_test: int
     sequence_length: int
+    """L, the number of inputs of an example."""
     split: ClassVar[str] = "test"
     """What the examples of `test` are called in logs."""
 

@@ -100,6 +100,8 @@ def draw(found: dict[str, dict[float, list[dict]]], file: Path):
             label = f"{run['settings']['mixer']}, learning rate {rate:g}" if run is results[rate][0] else None
             axes.plot(*zip(*run["validation_curve"], strict=True), color=f"C{number}", label=label)
     axes.set(xlabel="step", ylabel="validation perplexity, a line a seed", yscale="log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:.0f}")
     axes.legend()
     figure.savefig(file, dpi=120)
 

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import random
 import re
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from scripts import ROOT, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -23,7 +23,6 @@ from s5eqx.data import load_text, read_corpus, read_tokenizer
 from s5eqx.interop import load
 from s5eqx.train import score
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments/wikitext103.py"
 TINY = shlex.split(
     "--width 8 --num-layers 1 --mlp-width 16 --state-size 8 --num-blocks 2 --num-heads 1 --length 16 --batch-size 8 "
@@ -44,14 +43,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "experiments")
     return tmp_path
-
-
-def start(*words, devices=1):
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    flags += f" --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def end(process):

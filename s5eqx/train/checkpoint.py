@@ -109,7 +109,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), metadata=ocp.args.JsonSave(page))
         try:
             self._manager.save(step, args=args, force=True)
-        except Exception as error:
+        except Exception as error:  # as in `wait`
             raise self._failure(error) from error
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict] | None:
@@ -145,7 +145,7 @@ class Checkpoints:
         try:
             state = done_by_all(lambda: self._arrays(step, like))
             check_arrays(page["leaves"], state)
-        except Exception as error:
+        except Exception as error:  # or with the arrays
             return self._warn(step, error)
         return state, page["metadata"]
 

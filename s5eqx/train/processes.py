@@ -30,7 +30,7 @@ def done_by_all(act: Callable[[], Value]) -> Value:
     """What `act` returns in this process. If it raises in one process, all raise."""
     try:
         value, error = act(), None
-    except Exception as raised:
+    except Exception as raised:  # and raised again below, when all know
         value, error = None, raised
     if in_any_process(error is not None):
         raise error or OSError("another process could not do it")

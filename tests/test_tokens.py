@@ -264,5 +264,5 @@ assert not {{"datasets", "tokenizers", "tqdm", "huggingface_hub"}} & set(sys.mod
 texts = {TEXTS!r}
 print(train_bpe(Documents("", "", lambda: iter(texts)), 300, cache={str(tmp_path)!r}, progress=False).fingerprint)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == bpe.fingerprint

@@ -255,8 +255,8 @@ def test_hashes_differ_with_the_order_and_with_every_token():
         ({"length": 1}, "length must be at least 2"),
         ({"num_examples": 0}, "num_examples must be at least 1"),
         ({"num_test": 0}, "num_test must be at least 1"),
-        ({"vocab_size": 6, "length": 4, "num_test": 20}, "no more than 20 different"),
-        ({"vocab_size": 4, "length": 100, "num_test": 1}, "no more than 1 different"),
+        ({"vocab_size": 6, "length": 4, "num_test": 20}, "only 20 different"),
+        ({"vocab_size": 4, "length": 100, "num_test": 1}, "only 1 different"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

@@ -65,6 +65,32 @@ def test_padding_has_no_effect(name, key, x64):
     assert not np.allclose(run(x, jnp.asarray(L))[1], expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["s5", "bidirectional_s5"])
+def test_intervals(name, key, x64):
+    """Padding has no effect, not on the last sample's way back either; the MLPs between the mixers are passed over."""
+    model = drawn(lambda key: classifier(key, MIXERS[name], mlp_width=5, remat=name == "s5"), key)
+    model = eqx.tree_at(lambda model: model.body.pool, model, LastPool())
+    rng = np.random.default_rng(1)
+    x, intervals, length = features(), jnp.asarray(rng.uniform(0.1, 4, L)), 7
+
+    @quick_jit
+    def run(x, intervals, length):
+        logits = lambda x, intervals: model(x, length=length, intervals=intervals)
+        weigh = lambda *given: (jnp.arange(1.0, CLASSES + 1) @ logits(*given), logits(*given))
+        return jax.grad(weigh, argnums=(0, 1), has_aux=True)(x, intervals)
+
+    alone, expected = run(x[:length], intervals[:length], None)
+    for filling in (0.0, 1e3, np.nan):
+        padded = [a.at[length:].set(filling) for a in (x, intervals)]
+        gradients, logits = run(*padded, jnp.asarray(length))
+        np.testing.assert_allclose(logits, expected, atol=1e-12)
+        for got, apart in zip(gradients, alone, strict=True):
+            np.testing.assert_allclose(got[:length], apart, atol=1e-12)
+            np.testing.assert_array_equal(got[length:], 0)
+    assert jnp.all(alone[1] != 0)
+    np.testing.assert_allclose(run(x, jnp.ones(L), None)[1], quick_jit(model)(x), atol=1e-12)
+
+
 def test_padding_of_tokens(key):
     """Padding may be any number, as -1."""
     model = drawn(lambda key: classifier(key, tokens=True), key)
@@ -92,15 +118,19 @@ def test_parts(key):
 
 
 def test_pairs(key):
-    """The head of a pair tells which sequence is which, and each has its own length."""
-    model = drawn(lambda key: RetrievalClassifier(body(key), 2, key=key), key)
+    """The head of a pair tells which sequence is which, and each has its own length and intervals."""
+    model = drawn(lambda key: RetrievalClassifier(body(key, MIXERS["s5"]), 2, key=key), key)
     x, other = features(), features(8)[::-1]
+    intervals, other_intervals = jnp.linspace(0.1, 2.0, L), jnp.linspace(3.0, 1.0, 8)
     forward = quick_jit(lambda *args, **options: model(*args, **options))
-    u, v = model.body(x[:5]), model.body(other)
+    pooled = quick_jit(lambda x, intervals: model.body(x, intervals=intervals))
+    u, v = pooled(x[:5], intervals[:5]), pooled(other, other_intervals)
     h = jax.nn.gelu(model.hidden(jnp.concatenate([u, v, u * v, u - v])))
-    logits = forward(x, other, length=jnp.asarray(5), other_length=jnp.asarray(8))
+    lengths = {"length": jnp.asarray(5), "other_length": jnp.asarray(8)}
+    logits = forward(x, other, **lengths, intervals=intervals, other_intervals=other_intervals)
     np.testing.assert_allclose(logits, model.decoder(h), atol=1e-5)
-    assert not jnp.allclose(logits, forward(other, x[:5]), atol=1e-4)
+    swapped = forward(other, x[:5], intervals=other_intervals, other_intervals=intervals[:5])
+    assert not jnp.allclose(logits, swapped, atol=1e-4)
 
 
 def test_rematerialisation_is_the_same_model(key, x64):
@@ -171,6 +201,8 @@ def test_what_does_not_fit(key):
     refused = lambda message: pytest.raises(ValueError, match=re.escape(message))
     with refused("at least one step"):
         eqx.filter_eval_shape(lambda key: classifier(key, num_layers=1)(features(0)), key)
+    with refused("`intervals` need mixers that take them, as `S5` and `BidirectionalS5` do; got ShortConv"):
+        eqx.filter_eval_shape(lambda key: classifier(key)(features(), intervals=jnp.ones(L)), key)
     with refused("num_classes must be at least 1; got 0"):
         Classifier(drawn(lambda key: body(key, num_layers=1), key), 0, key=key)
     with refused("must map width 6 to width 6; BidirectionalS5 refuses"):

@@ -106,7 +106,7 @@ def piece_by_hand(model, states, part, key, cotangents):
         keys = key[None] if len(part.inputs) == 1 else jr.split(key, len(part.inputs))
         prefill = lambda state, tokens, key: model.prefill(state, tokens, key=key)
         states, logits = jax.vmap(prefill)(states, part.inputs, keys)
-        return score(logits, part.targets, part.weights).nll, states
+        return score(logits, part.targets, part.weights).total, states
 
     (nll, states), back = eqx.filter_vjp(piece, model, states)
     return nll, states, back((jnp.ones_like(nll), cotangents))
@@ -154,7 +154,7 @@ def test_pieces_on_two_devices(model):
     model = eqx.nn.inference_mode(model)
     batch = tiny.TASK.train(jnp.arange(4))
     mesh, (arrays, rest) = Mesh(jax.devices()[:2], "batch"), eqx.partition(model, eqx.is_array)
-    nll = lambda arrays, batch: next_token(eqx.combine(arrays, rest), batch, chunk=5).nll
+    nll = lambda arrays, batch: next_token(eqx.combine(arrays, rest), batch, chunk=5).total
     spread = jax.shard_map(
         lambda *operands: jax.lax.psum(nll(*operands), "batch"),
         mesh=mesh,

@@ -101,7 +101,7 @@ def test_a_bfloat16_embedding_sums_its_gradient_in_float32():
 
     tokens = np.zeros((1, 4096), np.int32)
     batch = Batch(tokens, tokens, np.ones((1, 4096), np.float32))
-    nll = lambda model: next_token(model, batch, logits_chunk=8).nll
+    nll = lambda model: next_token(model, batch, logits_chunk=8).total
     slope = quick_jit(jax.grad(nll))(Tied(jnp.zeros((3, 1), jnp.bfloat16))).embedding
     np.testing.assert_allclose(slope[:, 0].astype(np.float32), [-2 / 3 * 4096, 4096 / 3, 4096 / 3], rtol=0.01)
 

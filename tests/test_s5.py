@@ -1,5 +1,6 @@
 """S5: its eigenvalues, its discretisations, its layer against a loop in NumPy."""
 
+import inspect
 import re
 
 import equinox as eqx
@@ -24,7 +25,11 @@ def complex_of(pairs):
 
 
 def naive(layer, C, u, intervals=None, reset=None, reverse=False):
-    """The layer as it is written in the paper, less its skip: one step after the other."""
+    """The layer as it is written in the paper, less its skip: one step after the other.
+
+    Step t has the interval between its sample and the one that was visited before it; the first that is visited, that
+    of the earliest sample of its sequence.
+    """
     Lambda = np.minimum(layer.Lambda_re, -1e-4 if layer.clip_eigs else np.inf) + 1j * np.asarray(layer.Lambda_im)
     B, C = complex_of(layer.B), complex_of(C)
     intervals = np.ones(len(u)) if intervals is None else intervals
@@ -32,15 +37,15 @@ def naive(layer, C, u, intervals=None, reset=None, reverse=False):
     times = range(len(u))[:: -1 if reverse else 1]
     x, y = np.zeros(len(Lambda), complex), np.zeros(np.shape(u))
     for t in times:
-        z = Lambda * layer.step_rescale * np.exp(layer.log_Delta) * intervals[t]
+        later = t + 1 if reverse else t  # of the sample and the one before it
+        begins = later in (0, len(u)) or reset[later]
+        first = max(s for s in range(t + 1) if s == 0 or reset[s])
+        z = Lambda * layer.step_rescale * np.exp(layer.log_Delta) * intervals[first if begins else later]
         if isinstance(layer.discretisation, nn.ZOH):
             Lambda_bar, gain = np.exp(z), (np.exp(z) - 1) / Lambda
         else:
             Lambda_bar, gain = (1 + z / 2) / (1 - z / 2), z / Lambda / (1 - z / 2)
-        from_the_other_side = t + 1 if reverse else t
-        if from_the_other_side < len(u) and reset[from_the_other_side]:
-            x = np.zeros_like(x)
-        x = Lambda_bar * x + gain * (B @ u[t])
+        x = Lambda_bar * (0 if begins else x) + gain * (B @ u[t])
         y[t] = (2 if layer.conj_sym else 1) * (C @ x).real
     return y
 
@@ -84,9 +89,10 @@ def test_layer_equals_the_loop(discretisation, conj_sym, key, x64):
         np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
-def test_constant_intervals_rescale_the_time_step(key, x64):
+@pytest.mark.parametrize("cls", [nn.S5, nn.BidirectionalS5])
+def test_constant_intervals_rescale_the_time_step(cls, key, x64):
     u = jnp.asarray(np.random.default_rng(0).standard_normal((L, D)))
-    layer, slower = s5(key), s5(key, step_rescale=2.5)
+    layer, slower = (cls(D, 8, step_rescale=rescale, key=key) for rescale in (1.0, 2.5))
     call = quick_jit(lambda layer, **options: layer(u, **options))
     np.testing.assert_allclose(call(layer, intervals=jnp.ones(L)), call(layer), atol=1e-13)
     np.testing.assert_allclose(call(layer, intervals=jnp.full(L, 2.5)), call(slower), atol=1e-13)
@@ -171,24 +177,58 @@ def test_bidirectional_equals_the_loop(activation, key, x64):
     u = np.random.default_rng(0).standard_normal((L, D))
     reset = np.zeros(L, bool)
     reset[[0, 4, 5]] = True
-    for flags in (None, reset):
-        y = naive(layer.forward, layer.forward.C, u, reset=flags) + np.asarray(layer.forward.D) * u
-        y = y + naive(layer.forward, layer.C_backward, u, reset=flags, reverse=True)
-        got = layer(jnp.asarray(u), reset=None if flags is None else jnp.asarray(flags))
+    intervals = np.random.default_rng(1).uniform(0.1, 4, L)
+    for options in ({}, {"reset": reset}, {"intervals": intervals}, {"intervals": intervals, "reset": reset}):
+        y = naive(layer.forward, layer.forward.C, u, **options) + np.asarray(layer.forward.D) * u
+        y = y + naive(layer.forward, layer.C_backward, u, **options, reverse=True)
+        got = quick_jit(layer)(jnp.asarray(u), **jax.tree.map(jnp.asarray, options))
         np.testing.assert_allclose(got, activation(jnp.asarray(y)), atol=1e-12)
-    assert layer(jnp.zeros((0, D)), reset=jnp.zeros(0, bool)).shape == (0, D)
+    assert layer(jnp.zeros((0, D)), intervals=jnp.zeros(0), reset=jnp.zeros(0, bool)).shape == (0, D)
 
 
-def test_bidirectional_packs_sequences(key):
+@pytest.mark.parametrize("irregular", [False, True])
+def test_bidirectional_packs_sequences(irregular, key, x64):
+    """Each is as it is alone, in value and gradient, and knows nothing of the others."""
     layer = nn.BidirectionalS5(D, 8, key=key)
-    u = jnp.asarray(np.random.default_rng(0).standard_normal((L, D)), jnp.float32)
-    reset = jnp.arange(L) == 4
-    apart = jnp.concatenate([layer(u[:4]), layer(u[4:])])
-    np.testing.assert_allclose(layer(u, reset=reset), apart, atol=1e-6)
-    across = jax.grad(lambda u: jnp.sum(layer(u, reset=reset)[:4]))(u)
-    np.testing.assert_array_equal(across[4:], 0)
-    across = jax.grad(lambda u: jnp.sum(layer(u, reset=reset)[4:]))(u)
-    np.testing.assert_array_equal(across[:4], 0)
+    rng = np.random.default_rng(0)
+    u, weights = jnp.asarray(rng.standard_normal((2, L, D)))
+    intervals = jnp.asarray(rng.uniform(0.1, 4, L)) if irregular else None
+    pieces = [slice(0, 4), slice(4, 5), slice(5, L)]
+    reset = (jnp.arange(L) == 4) | (jnp.arange(L) == 5)
+
+    @quick_jit
+    def run(given, weights, reset):
+        weigh = lambda given: (jnp.sum(weights * (y := layer(given[0], intervals=given[1], reset=reset))), y)
+        return jax.grad(weigh, has_aux=True)(given)
+
+    for piece in pieces:
+        gradients, y = run((u, intervals), jnp.zeros_like(weights).at[piece].set(weights[piece]), reset)
+        cut = jax.tree.map(lambda a, piece=piece: a[piece], (u, intervals))
+        alone_gradients, alone_y = run(cut, weights[piece], None)
+        np.testing.assert_allclose(y[piece], alone_y, atol=1e-12)
+        for got, alone in zip(jax.tree.leaves(gradients), jax.tree.leaves(alone_gradients), strict=True):
+            np.testing.assert_allclose(got[piece], alone, atol=1e-12)
+            np.testing.assert_array_equal(got.at[piece].set(0), 0)
+
+
+@pytest.mark.parametrize("cls", [nn.S5, nn.BidirectionalS5])
+def test_gradient_to_the_intervals(cls, key, x64):
+    """Against central differences, one interval at a time."""
+    layer = cls(D, 8, key=key)
+    rng = np.random.default_rng(0)
+    u, weights = jnp.asarray(rng.standard_normal((2, L, D)))
+    intervals, reset = jnp.asarray(rng.uniform(0.3, 4, L)), jnp.arange(L) == 4
+    loss = lambda intervals: jnp.sum(weights * layer(u, intervals=intervals, reset=reset))
+    value, gradient = quick_jit(loss), quick_jit(jax.grad(loss))(intervals)
+    differences = [(value(intervals + e) - value(intervals - e)) / 2e-4 for e in 1e-4 * jnp.eye(L)]
+    np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-9)
+    assert jnp.all(jnp.abs(gradient) > 1e-6)
+
+
+def test_takes_intervals_is_what_the_call_says():
+    classes = [cls for cls in vars(nn).values() if inspect.isclass(cls) and issubclass(cls, nn.AbstractMixer)]
+    taking = {cls for cls in classes if "intervals" in inspect.signature(cls.__call__).parameters}
+    assert taking == {cls for cls in classes if cls.takes_intervals} == {nn.S5, nn.BidirectionalS5}
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,46 @@ import jax.numpy as jnp
 from s5eqx._typing import Array, Bool, Float, Int
 
 
-class Batch(eqx.Module):
+class AbstractBatch(eqx.Module):
+    """Examples and what is to be predicted of them. Every array begins with the axis B.
+
+    `weights` says how much a prediction counts: 0 where nothing is asked.
+    """
+
+    weights: eqx.AbstractVar[Float[Array, "..."]]
+
+
+class Batch(AbstractBatch):
     """Token sequences and what is to be predicted at each of their positions.
 
-    `weights` says how much a position counts: 0 where nothing is asked. `resets` marks, in rows that hold several
-    sequences, where one begins.
+    `resets` marks, in rows that hold several sequences, where one begins.
     """
 
     inputs: Int[Array, "B L"]
     targets: Int[Array, "B L"]
     weights: Float[Array, "B L"]
     resets: Bool[Array, "B L"] | None = None
+
+
+class LabelledBatch(AbstractBatch):
+    """Token sequences, padded to one length, and the class of each; `lengths` counts the steps before the padding."""
+
+    inputs: Int[Array, "B L"]
+    targets: Int[Array, " B"]
+    weights: Float[Array, " B"]
+    lengths: Int[Array, " B"]
+
+
+class SeriesBatch(AbstractBatch):
+    """Sequences of vectors, and the vector that is to be predicted at each of their steps.
+
+    `intervals[t]` is the time from step t-1 to step t, for sequences that are not equally spaced.
+    """
+
+    inputs: Float[Array, "B L features"]
+    targets: Float[Array, "B L outputs"]
+    weights: Float[Array, "B L"]
+    intervals: Float[Array, "B L"] | None = None
 
 
 class AbstractTask(abc.ABC):
@@ -36,14 +65,14 @@ class AbstractTask(abc.ABC):
     """What the examples of `test` are called in logs."""
 
     @abc.abstractmethod
-    def train(self, indices: Int[Array, " B"]) -> Batch:
+    def train(self, indices: Int[Array, " B"]) -> AbstractBatch:
         """Training examples by their place in the stream, counted from 0."""
 
     @abc.abstractmethod
-    def test(self, indices: Int[Array, " B"]) -> Batch:
+    def test(self, indices: Int[Array, " B"]) -> AbstractBatch:
         """Test examples, 0 to `num_test - 1`. Indices beyond have weight 0."""
 
-    def train_batch(self, step: Int[Array, ""] | int, batch_size: int) -> Batch:
+    def train_batch(self, step: Int[Array, ""] | int, batch_size: int) -> AbstractBatch:
         """The examples of one training step, counted from 0. `step` may be traced."""
         return self.train(step * batch_size + jnp.arange(batch_size, dtype=jnp.int32))
 

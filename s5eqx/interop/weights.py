@@ -31,7 +31,7 @@ _CLASSES = {
     if inspect.isclass(cls) and issubclass(cls, eqx.Module) and not name.startswith("Abstract")
 } | {
     f"equinox.nn.{cls.__name__}": cls
-    for cls in (eqx.nn.Linear, eqx.nn.LayerNorm, eqx.nn.Dropout, eqx.nn.Identity, eqx.nn.Lambda)
+    for cls in (eqx.nn.Linear, eqx.nn.Embedding, eqx.nn.LayerNorm, eqx.nn.Dropout, eqx.nn.Identity, eqx.nn.Lambda)
 }
 _FUNCTIONS = {
     f"jax.nn.{name}": getattr(jax.nn, name)

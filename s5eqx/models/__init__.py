@@ -12,4 +12,5 @@ from s5eqx.models.language_model import LanguageModel as LanguageModel
 from s5eqx.models.pool import AbstractPool as AbstractPool
 from s5eqx.models.pool import LastPool as LastPool
 from s5eqx.models.pool import MeanPool as MeanPool
+from s5eqx.models.regressor import Regressor as Regressor
 from s5eqx.models.sequence_parallel import SequenceParallel as SequenceParallel

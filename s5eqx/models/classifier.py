@@ -9,6 +9,7 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
 from s5eqx._varying import error_if
+from s5eqx.models._head import dense, wide
 from s5eqx.models._parts import count_layers, token_rows
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.models.pool import AbstractPool, MeanPool
@@ -19,16 +20,19 @@ from s5eqx.nn.linear import linear
 from s5eqx.nn.mlp import MLP
 from s5eqx.nn.norm import layer_norm
 from s5eqx.nn.residual import Residual
-from s5eqx.nn.tree import cast
 
 
 class SequenceEncoder(eqx.Module):
-    """A sequence in, one vector out: `pool(norm(residual_n(... residual_1(encoder(x)))))`.
+    """A sequence in, one vector out: `pool(norm(residual_n(... residual_1(encoder(x)))))`; `features` is all but the
+    pool, a vector at every step.
 
     A layer is a residual branch of its mixer, and one of an MLP where `mlp_width` is given. Mixers may look ahead.
 
     `length` says how many steps of `x` are the sequence. What the padding behind it holds has no effect, not even NaN,
     and has gradient zero. The vector is that of `x[:length]`, for the mixers that `Residual` names.
+
+    `intervals` are the times between samples that are not equally spaced, as `S5` takes them. Every mixer must take
+    them, as `S5` and `BidirectionalS5` do.
 
     Source: the classifiers of the S4 and S5 papers (arXiv 2111.00396, 2208.04933).
     """
@@ -93,25 +97,42 @@ class SequenceEncoder(eqx.Module):
         self.pool = pool
         self.remat = remat
 
+    @property
+    def width(self) -> int:
+        return self.residuals[0].norm.shape[0]
+
     @checked
     def __call__(
         self,
         x: Float[Array, "L features"] | Int[Array, " L"],
         *,
         length: Int[Array, ""] | None = None,
+        intervals: Float[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, " D"]:
+        return self.pool(self.features(x, length=length, intervals=intervals, key=key), length)
+
+    @checked
+    def features(
+        self,
+        x: Float[Array, "L features"] | Int[Array, " L"],
+        *,
+        length: Int[Array, ""] | None = None,
+        intervals: Float[Array, " L"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "L D"]:
+        """What is pooled. At the first `length` steps it is that of `x[:length]`; in the padding it means nothing."""
         if not len(x):
-            raise ValueError("A sequence must have at least one step to be classified; got none.")
+            raise ValueError("A sequence must have at least one step; got none.")
         if length is not None:
             length = _inside(length, len(x))
             inside = before_padding(length, len(x))
             x = jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x))
         h = self._encode(x)
-        apply = lambda residual, h, key: residual(h, length=length, key=key)
+        apply = lambda residual, h, key: residual(h, length=length, intervals=intervals, key=key)
         for residual, residual_key in zip(self.residuals, split(key, len(self.residuals)), strict=True):
             h = (eqx.filter_checkpoint(apply) if self.remat else apply)(residual, h, residual_key)
-        return self.pool(h if self.norm is None else layer_norm(self.norm, h), length)
+        return h if self.norm is None else layer_norm(self.norm, h)
 
     def _encode(self, x):
         if isinstance(self.encoder, eqx.nn.Embedding):
@@ -131,7 +152,7 @@ class Classifier(eqx.Module):
         """**Arguments:** `body`; `num_classes`; `init`, which redraws the decoder."""
         layer_key, init_key = jr.split(key)
         self.body = body
-        self.decoder = init.block(init_key, _dense(_width(body), num_classes, layer_key), 1)
+        self.decoder = init.block(init_key, dense(body.width, num_classes, "num_classes", layer_key), 1)
 
     @checked
     def __call__(
@@ -139,9 +160,10 @@ class Classifier(eqx.Module):
         x: Float[Array, "L features"] | Int[Array, " L"],
         *,
         length: Int[Array, ""] | None = None,
+        intervals: Float[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, " classes"]:
-        return _wide(self.decoder, self.body(x, length=length, key=key))
+        return wide(self.decoder, self.body(x, length=length, intervals=intervals, key=key))
 
 
 class RetrievalClassifier(eqx.Module):
@@ -162,10 +184,9 @@ class RetrievalClassifier(eqx.Module):
     ):
         """**Arguments:** `body`; `num_classes`; `init`, which redraws the head."""
         hidden_key, decoder_key, *init_keys = jr.split(key, 4)
-        width = _width(body)
         self.body = body
-        self.hidden = init.block(init_keys[0], _dense(4 * width, width, hidden_key), 1)
-        self.decoder = init.block(init_keys[1], _dense(width, num_classes, decoder_key), 1)
+        self.hidden = init.block(init_keys[0], eqx.nn.Linear(4 * body.width, body.width, key=hidden_key), 1)
+        self.decoder = init.block(init_keys[1], dense(body.width, num_classes, "num_classes", decoder_key), 1)
 
     @checked
     def __call__(
@@ -175,12 +196,15 @@ class RetrievalClassifier(eqx.Module):
         *,
         length: Int[Array, ""] | None = None,
         other_length: Int[Array, ""] | None = None,
+        intervals: Float[Array, " L"] | None = None,
+        other_intervals: Float[Array, " M"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, " classes"]:
         key, other_key = split(key, 2)
-        u, v = self.body(x, length=length, key=key), self.body(other, length=other_length, key=other_key)
-        hidden = _wide(self.hidden, jnp.concatenate([u, v, u * v, u - v]))
-        return _wide(self.decoder, jax.nn.gelu(hidden))
+        u = self.body(x, length=length, intervals=intervals, key=key)
+        v = self.body(other, length=other_length, intervals=other_intervals, key=other_key)
+        hidden = wide(self.hidden, jnp.concatenate([u, v, u * v, u - v]))
+        return wide(self.decoder, jax.nn.gelu(hidden))
 
 
 def _inside(length: Int[Array, ""], steps: int) -> Int[Array, ""]:
@@ -191,17 +215,3 @@ def _inside(length: Int[Array, ""], steps: int) -> Int[Array, ""]:
         f"length counts the steps before the padding and must lie in [1, {steps}]. Drop empty sequences, and pad to "
         "the longest.",
     )
-
-
-def _width(body):
-    return body.residuals[0].norm.weight.shape[0]
-
-
-def _dense(width, num_out, key):
-    if num_out < 1:
-        raise ValueError(f"num_classes must be at least 1; got {num_out}.")
-    return eqx.nn.Linear(width, num_out, key=key)
-
-
-def _wide(layer, h):
-    return linear(cast(layer, h.dtype), h)

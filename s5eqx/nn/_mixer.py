@@ -1,6 +1,7 @@
 """The law that every layer obeys: parallel, in chunks and step by step are one function."""
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -43,7 +44,12 @@ def _stubborn(layer):
 
 
 class AbstractMixer(AbstractLayer):
-    """Mixes one un-batched sequence along its length. Batch it with `jax.vmap`."""
+    """Mixes one un-batched sequence along its length. Batch it with `jax.vmap`.
+
+    `takes_intervals` says whether the call takes `intervals`, the times between samples, as that of `S5` does.
+    """
+
+    takes_intervals: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

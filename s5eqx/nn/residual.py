@@ -8,6 +8,7 @@ from s5eqx.nn._check import check_rate, check_width
 from s5eqx.nn._mixer import AbstractMixer
 from s5eqx.nn._random import split
 from s5eqx.nn._select import before_padding, keep_rows
+from s5eqx.nn.mlp import MLP
 from s5eqx.nn.norm import layer_norm
 
 
@@ -17,6 +18,9 @@ class Residual(eqx.Module):
     Only the first `length` steps are the sequence. The others, its padding, enter the mixer as zeros. So the output on
     the sequence is that of the sequence alone, for causal mixers and for those that look ahead but make nothing of
     zeros, as all of this library.
+
+    `intervals`, the times between samples, go to a mixer that takes them. An `MLP` needs none, and any other mixer is
+    refused. In the padding they have no effect.
 
     Source: the residual blocks of the S4 and S5 papers (arXiv 2111.00396, 2208.04933).
     """
@@ -56,13 +60,28 @@ class Residual(eqx.Module):
         x: Float[Array, "L D"],
         *,
         length: Int[Array, ""] | None = None,
+        intervals: Float[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "L D"]:
         mixer_key, dropout_key = split(key, 2)
         h = layer_norm(self.norm, x) if self.prenorm else x
         if length is not None:
-            h = keep_rows(before_padding(length, len(x)), h)
-        h = self.mixer(h, key=mixer_key)
+            inside = before_padding(length, len(x))
+            h = keep_rows(inside, h)
+            if intervals is not None:  # behind its last sample a sequence has the interval of its first
+                intervals = jnp.where(inside, intervals, intervals[:1])
+        h = self._mix(h, intervals, mixer_key)
         kept = self.dropout(jnp.ones_like(h[:1] if self.tie_dropout else h), key=dropout_key)
         h = h * jnp.broadcast_to(kept, h.shape)
         return x + h if self.prenorm else layer_norm(self.norm, x + h)
+
+    def _mix(self, h, intervals, key):
+        if intervals is None or isinstance(self.mixer, MLP):
+            return self.mixer(h, key=key)
+        if not self.mixer.takes_intervals:
+            raise ValueError(
+                "`intervals` need mixers that take them, as `S5` and `BidirectionalS5` do; got "
+                f"{type(self.mixer).__name__}, to which all steps are alike. Use one that takes them, or leave "
+                "`intervals` out."
+            )
+        return self.mixer(h, intervals=intervals, key=key)  # pyright: ignore[reportCallIssue]

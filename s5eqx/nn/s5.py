@@ -36,11 +36,13 @@ class S5(AbstractCausalMixer):
     Differs from the reference:
       - every trainable leaf is real: `Lambda`, `B` and `C` are stored as (re, im) pairs;
       - the state can be carried from chunk to chunk, and dropped at any step by `reset`;
-      - `intervals` scales `Delta` step by step, for samples that are not equally spaced.
+      - `intervals` serves samples that are not equally spaced: `intervals[t]`, the time from sample t-1 to sample t in
+        units of the input interval, multiplies `Delta` at step t, in `Lambda_bar` and in `B_bar`.
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ("Lambda_re", "Lambda_im", "log_Delta", "B", "C", "D")
     resets: ClassVar[bool] = True
+    takes_intervals: ClassVar[bool] = True
 
     Lambda_re: Float[Array, " P"]
     Lambda_im: Float[Array, " P"]
@@ -146,13 +148,7 @@ class S5(AbstractCausalMixer):
         reset: Bool[Array, " L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Complex[Array, " P"], Float[Array, "L D"]]:
-        if intervals is None:
-            Lambda_bar, B_bar, C = self.discretised()
-            y, state = ops.ssm(x, Lambda_bar, B_bar, C, self.D, state, reset=reset)
-        else:
-            Lambda_bar, gain = self._transition(intervals)
-            B, C = as_complex(self.B), self._factor * as_complex(self.C)
-            y, state = ops.ssm(x, Lambda_bar, B, C, self.D, state, gain=gain, reset=reset)
+        state, y = self.linear_part(state, x, intervals=intervals, reset=reset)
         return state, self.activation(y)
 
     @checked
@@ -174,6 +170,24 @@ class S5(AbstractCausalMixer):
         parts = jnp.stack([jnp.real(state), -jnp.imag(state)], axis=-1)
         y = self._factor * (C @ parts.reshape(-1)) + self.D * u
         return state, self.activation(y.astype(x_t.dtype))
+
+    def linear_part(
+        self,
+        state: Complex[Array, " P"],
+        x: Float[Array, "L D"],
+        *,
+        intervals: Float[Array, " L"] | None = None,
+        reset: Bool[Array, " L"] | None = None,
+    ) -> tuple[Complex[Array, " P"], Float[Array, "L D"]]:
+        """`prefill` without the activation."""
+        if intervals is None:
+            Lambda_bar, B_bar, C = self.discretised()
+            y, state = ops.ssm(x, Lambda_bar, B_bar, C, self.D, state, reset=reset)
+        else:
+            Lambda_bar, gain = self._transition(intervals)
+            B, C = as_complex(self.B), self._factor * as_complex(self.C)
+            y, state = ops.ssm(x, Lambda_bar, B, C, self.D, state, gain=gain, reset=reset)
+        return state, y
 
     def entering_state(
         self, x: Float[Array, "L D"], *, axis_name: str, reset: Bool[Array, " L"] | None = None

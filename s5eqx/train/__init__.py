@@ -4,11 +4,14 @@ from s5eqx.train.checkpoint import Checkpoints as Checkpoints
 from s5eqx.train.log import Logger as Logger
 from s5eqx.train.loop import fit as fit
 from s5eqx.train.loss import Score as Score
+from s5eqx.train.loss import label as label
 from s5eqx.train.loss import next_token as next_token
 from s5eqx.train.loss import perplexity as perplexity
 from s5eqx.train.loss import score as score
+from s5eqx.train.loss import squared_error as squared_error
 from s5eqx.train.mesh import make_mesh as make_mesh
 from s5eqx.train.mesh import on_one_device as on_one_device
+from s5eqx.train.monitor import peak_memory as peak_memory
 from s5eqx.train.monitor import spectral_radius as spectral_radius
 from s5eqx.train.optim import AbstractGroups as AbstractGroups
 from s5eqx.train.optim import DefaultGroups as DefaultGroups

@@ -73,8 +73,8 @@ class Diary:
         else:
             self._others = self._others[0] + len(finite), self._others[1] + seconds
         if finite.any():
-            loss, accuracy = (metrics[name][finite].mean() for name in ("loss", "accuracy"))
-            self.summary = f"loss {loss:.4f}, accuracy {accuracy:.4f}{self._tested}"
+            means = (f"{name} {metrics[name][finite].mean():.4f}" for name in ("loss", "accuracy") if name in metrics)
+            self.summary = ", ".join(means) + self._tested
         return None
 
     def write(self, step: int, seconds: float, values: dict[str, float]) -> dict[str, float]:
@@ -86,8 +86,9 @@ class Diary:
         curves = {**self._means(), **values, **speed}
         self.history.append({"step": step, "seconds": seconds, **curves})
         self._pending.clear()
-        if f"{self._split}/accuracy" in values:
-            self._tested = f", {self._split} {values[f'{self._split}/accuracy']:.4f}"
+        for name in ("loss", "accuracy"):  # the accuracy, where there is one
+            if f"{self._split}/{name}" in values:
+                self._tested = f", {self._split} {values[f'{self._split}/{name}']:.4f}"
         return curves
 
     def _means(self) -> dict[str, float]:
@@ -97,5 +98,6 @@ class Diary:
         if finite.any():
             for name, column in columns.items():
                 means[name if "/" in name else f"train/{name}"] = float(column[finite].mean())
-            means["train/perplexity"] = perplexity(means["train/loss"])
+            if "train/accuracy" in means:
+                means["train/perplexity"] = perplexity(means["train/loss"])
         return means

@@ -8,13 +8,13 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from s5eqx._typing import Int
-from s5eqx.data import Batch
+from s5eqx.data import AbstractBatch
 from s5eqx.train.mesh import DATA, SEQUENCE, on
 
 
 def to_devices(
-    examples: Callable[[Int[np.ndarray, " B"]], Batch], indices: Int[np.ndarray, "*steps B"], mesh: Mesh | None
-) -> Batch:
+    examples: Callable[[Int[np.ndarray, " B"]], AbstractBatch], indices: Int[np.ndarray, "*steps B"], mesh: Mesh | None
+) -> AbstractBatch:
     """The batch `examples(indices)`, whose arrays are (*steps, B, L).
 
     On a mesh they lie as the trainer takes them, rows over one axis and length over the other, and `examples` is asked

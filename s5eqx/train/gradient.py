@@ -13,7 +13,7 @@ from jaxtyping import Key
 
 from s5eqx._typing import Array, PyTree
 from s5eqx._varying import varying_over
-from s5eqx.data import Batch
+from s5eqx.data import AbstractBatch
 from s5eqx.models import SequenceParallel
 from s5eqx.nn import cast
 from s5eqx.train.loss import Score
@@ -37,7 +37,7 @@ class Scorer:
     def __init__(self, loss: Callable[..., Score], *, mesh: Mesh | None, compute_dtype: DTypeLike | None):
         self.loss, self.mesh, self.compute_dtype = loss, mesh, compute_dtype
 
-    def score(self, model: eqx.Module, batch: Batch) -> Score:
+    def score(self, model: eqx.Module, batch: AbstractBatch) -> Score:
         """The score without dropout."""
 
         def local(model, batch, keys):
@@ -46,7 +46,7 @@ class Scorer:
         return self._spread(local, model, batch, None)
 
     def gradient(
-        self, model: eqx.Module, batch: Batch, keys: Key[Array, " B"], *, parts: int
+        self, model: eqx.Module, batch: AbstractBatch, keys: Key[Array, " B"], *, parts: int
     ) -> tuple[Score, PyTree[Array]]:
         """The score, and the gradient of its mean loss for the floating-point leaves of `model`.
 
@@ -58,12 +58,12 @@ class Scorer:
             # A gradient of each device's own: the sum over devices is then taken once and not in every part.
             params = jax.tree.map(lambda a: varying_over(self._axes, a), params)
 
-            def nll(params, batch, keys):
+            def loss(params, batch, keys):
                 score = self._score(eqx.combine(params, rest), batch, keys)
-                return score.nll, score
+                return score.total, score
 
             def of(part):
-                gradient, score = jax.grad(nll, has_aux=True)(params, *part)
+                gradient, score = jax.grad(loss, has_aux=True)(params, *part)
                 return score, gradient
 
             def add(total, part):
@@ -99,15 +99,16 @@ class Scorer:
             return tree
         return jax.tree.map(lambda a: lax.psum(varying_over(self._axes, a), (DATA, SEQUENCE)), tree)
 
-    def _spread(self, local: Callable[..., Result], model: eqx.Module, batch: Batch, keys) -> Result:
+    def _spread(self, local: Callable[..., Result], model: eqx.Module, batch: AbstractBatch, keys) -> Result:
         """`local(model, batch, keys)` on every device's share."""
         if self.mesh is None:
             return local(model, batch, keys)
         arrays, static = eqx.partition(model, eqx.is_array)
+        places = jax.tree.map(lambda a: ROWS if a.ndim == 1 else TOKENS, batch)
         spread = jax.shard_map(
             lambda arrays, batch, keys: local(eqx.combine(arrays, static), batch, keys),
             mesh=self.mesh,
-            in_specs=(REPLICATED, TOKENS, ROWS),
+            in_specs=(REPLICATED, places, ROWS),
             out_specs=REPLICATED,
         )
         return spread(arrays, batch, keys)

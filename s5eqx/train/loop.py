@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from s5eqx.train.diary import Diary
 from s5eqx.train.files import Files
-from s5eqx.train.monitor import all_finite, spectral_radius
+from s5eqx.train.monitor import all_finite, peak_memory, spectral_radius
 from s5eqx.train.nonfinite import bad_step, bad_weights
 from s5eqx.train.processes import in_any_process, is_first
 from s5eqx.train.profile import Profile
@@ -98,6 +98,7 @@ def fit(
         def write(values: Mapping[str, float | str]):
             radius, _ = signs(leaves)
             numbers = {} if radius is None else {"model/max_abs_Lambda_bar": float(radius)}
+            numbers["memory/peak_MiB"] = peak_memory() / 2**20
             numbers |= {name: float(value) for name, value in values.items() if not isinstance(value, str)}
             texts = {name: value for name, value in values.items() if isinstance(value, str)}
             files.log(step, diary.write(step, time.perf_counter() - began, numbers), texts)

@@ -10,29 +10,37 @@ import optax
 from jaxtyping import Key
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
-from s5eqx.data import Batch
-from s5eqx.models._pieces import head_in_pieces, in_pieces
+from s5eqx.data import Batch, LabelledBatch, SeriesBatch
+from s5eqx.models._pieces import each_row, head_in_pieces, in_pieces, row_keys
 
 
 class Score(eqx.Module):
-    """Sums over weighted positions. Scores of parts of a batch add up to the score of the whole."""
+    """Sums over weighted predictions. Scores of parts of a batch add up to the score of the whole.
 
-    nll: Float[Array, ""]
-    correct: Float[Array, ""]
+    `total` is the sum of the losses, `correct` that of the right answers; None where no answer is simply right.
+    """
+
+    total: Float[Array, ""]
     weight: Float[Array, ""]
+    correct: Float[Array, ""] | None = None
 
     def __add__(self, other: "Score") -> "Score":
         return jax.tree.map(jnp.add, self, other)
 
     @property
     def loss(self) -> Float[Array, ""]:
-        """Mean cross-entropy a position, in nats; 0 where nothing is asked."""
-        return self.nll / jnp.where(self.weight > 0, self.weight, 1)
+        """The mean a prediction: of the cross-entropy in nats, or of the squared error; 0 where nothing is asked."""
+        return self.total / jnp.where(self.weight > 0, self.weight, 1)
 
     @property
-    def accuracy(self) -> Float[Array, ""]:
-        """The part of the positions whose likeliest token is the target."""
-        return self.correct / jnp.where(self.weight > 0, self.weight, 1)
+    def accuracy(self) -> Float[Array, ""] | None:
+        """The part of the predictions whose likeliest token or class is the target."""
+        return None if self.correct is None else self.correct / jnp.where(self.weight > 0, self.weight, 1)
+
+    @property
+    def means(self) -> dict[str, Float[Array, ""]]:
+        """`loss` and, where there is one, `accuracy`."""
+        return {"loss": self.loss} | ({} if self.accuracy is None else {"accuracy": self.accuracy})
 
 
 @checked
@@ -47,7 +55,37 @@ def score(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], weigh
     targets = jnp.where(asked, targets, 0)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     correct = (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets).astype(dtype)
-    return Score(jnp.sum(nll * weights), jnp.sum(correct * weights), jnp.sum(weights))
+    return Score(jnp.sum(nll * weights), jnp.sum(weights), jnp.sum(correct * weights))
+
+
+@checked
+def label(
+    model: Callable[..., Array], batch: LabelledBatch, *, key: PRNGKeyArray | Key[Array, " B"] | None = None
+) -> Score:
+    """The score of a classifier, `(tokens, length) -> logits` of one sequence, on a batch.
+
+    `key` is for dropout; one for all, or one a sequence. None for no dropout.
+    """
+    one = lambda x, length, key: model(x, length=length, key=key)
+    logits = each_row(one, jnp.asarray(batch.inputs), batch.lengths, row_keys(key, len(batch.inputs)))
+    return score(logits, batch.targets, batch.weights)
+
+
+@checked
+def squared_error(
+    model: Callable[..., Array], batch: SeriesBatch, *, key: PRNGKeyArray | Key[Array, " B"] | None = None
+) -> Score:
+    """The score of a regressor, `series -> predictions` of one sequence, on a batch: its squared errors, each the mean
+    over the outputs. Where the weight is 0 the prediction may be anything.
+
+    `key` is as for `label`. Where the batch has intervals, the model is called with them.
+    """
+    named = lambda intervals: {} if intervals is None else {"intervals": intervals}
+    one = lambda x, intervals, key: model(x, **named(intervals), key=key)
+    found = each_row(one, jnp.asarray(batch.inputs), batch.intervals, row_keys(key, len(batch.inputs)))
+    weights = batch.weights.astype(found.dtype)
+    miss = jnp.where((weights > 0)[..., None], found - batch.targets.astype(found.dtype), 0)
+    return Score(jnp.sum(jnp.mean(miss**2, axis=-1) * weights), jnp.sum(weights))
 
 
 @checked

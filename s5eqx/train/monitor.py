@@ -1,5 +1,8 @@
 """Numbers that tell how a model is doing, computed when they are logged."""
 
+import resource
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,3 +28,13 @@ def all_finite(model: eqx.Module) -> Bool[Array, ""]:
     """Whether every trained weight is a finite number."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trainable(model))]
     return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
+
+
+def peak_memory() -> int:
+    """The most bytes that a device of this process has held at once. A CPU holds all that the process does."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [held["peak_bytes_in_use"] for held in stats if "peak_bytes_in_use" in held]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

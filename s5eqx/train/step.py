@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, PyTree
-from s5eqx.data import AbstractCorpus, AbstractTask, Batch
+from s5eqx.data import AbstractBatch, AbstractCorpus, AbstractTask
 from s5eqx.models import LanguageModel, SequenceParallel
 from s5eqx.models._pieces import row_keys
 from s5eqx.nn import buffer_mask
@@ -159,7 +159,7 @@ class Trainer:
         params = self.policy.evaluated(params, state.opt_state)
         return eqx.nn.inference_mode(eqx.combine(params, rest))
 
-    def batches(self, step: int) -> Batch | None:
+    def batches(self, step: int) -> AbstractBatch | None:
         """What `run` takes for the steps from `step` on: the batches of a corpus, `None` for a task on the device."""
         if not isinstance(self.task, AbstractCorpus):
             return None
@@ -168,12 +168,12 @@ class Trainer:
         return to_devices(self.task.train, indices.reshape(self.steps_per_dispatch, -1), self.mesh)
 
     def run(
-        self, leaves: list[Array], batches: Batch | None = None
+        self, leaves: list[Array], batches: AbstractBatch | None = None
     ) -> tuple[list[Array], dict[str, Float[Array, " steps"]]]:
         """The next `steps_per_dispatch` steps. `leaves` are donated: use the returned ones.
 
-        The metrics have one entry a step: `loss` (nats a position), `accuracy`, `grad_norm` (before
-        clipping) and `lr/<group>`.
+        The metrics have one entry a step: `loss` and, for what can be right or wrong, `accuracy` (means a prediction),
+        `grad_norm` (before clipping) and `lr/<group>`.
         """
         if batches is None and isinstance(self.task, AbstractCorpus):
             raise ValueError("a corpus lies on the host: pass its batches, trainer.batches(step)")
@@ -182,10 +182,10 @@ class Trainer:
     def evaluate(
         self, leaves: list[Array], num_examples: int | None = None, *, task: AbstractTask | None = None
     ) -> dict[str, float]:
-        """Mean loss (nats a position), its exponential, and accuracy: of the first `num_examples` of the test, or of
-        all.
+        """The mean loss a prediction and, for what can be right or wrong, `accuracy` and `perplexity`, which is the
+        exponential of the loss: of the first `num_examples` of the test, or of all.
 
-        `task` is that of training if not given; of another one the examples must be as long.
+        `task` is that of training if not given. Of another task the examples may be longer where the model takes them.
         """
         task = self.task if task is None else task
         count = task.num_test if num_examples is None else min(num_examples, task.num_test)
@@ -201,8 +201,8 @@ class Trainer:
 
         scores = [one(start) for start in range(0, count, self.eval_batch_size)]
         total = sum(scores[1:], start=scores[0])
-        loss = float(total.loss)
-        return {"loss": loss, "accuracy": float(total.accuracy), "perplexity": perplexity(loss)}
+        means = {name: float(mean) for name, mean in total.means.items()}
+        return means | ({"perplexity": perplexity(means["loss"])} if "accuracy" in means else {})
 
     def _dispatch(self, leaves, batches):
         if batches is None:
@@ -222,8 +222,7 @@ class Trainer:
         left_out = state.opt_state.total_notfinite if self.skip_nonfinite else 0
         rates = self.policy.learning_rates(state.step - left_out)
         metrics = {
-            "loss": score.loss,
-            "accuracy": score.accuracy,
+            **score.means,
             "grad_norm": optax.tree.norm(grads),
             **{f"lr/{name}": jnp.asarray(rate, jnp.float32) for name, rate in rates.items()},
         }
@@ -231,6 +230,6 @@ class Trainer:
 
     def _test_score(self, leaves, batch, indices, stop, task):
         batch = task.test(indices) if batch is None else batch
-        inside = (indices < stop)[:, None]
+        inside = (indices < stop).reshape(-1, *(1,) * (batch.weights.ndim - 1))
         batch = eqx.tree_at(lambda b: b.weights, batch, jnp.where(inside, batch.weights, 0))
         return self._scorer.score(self.model(self.unflatten(leaves)), batch)

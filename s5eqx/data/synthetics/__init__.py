@@ -1,0 +1,11 @@
+"""Tasks whose examples are generated, each a pure function of a seed and a number, on the device, of any length."""
+
+from s5eqx.data.synthetics._synthetic import AbstractSynthetic as AbstractSynthetic
+from s5eqx.data.synthetics._synthetic import AbstractTokenTask as AbstractTokenTask
+from s5eqx.data.synthetics.addition import Addition as Addition
+from s5eqx.data.synthetics.assoc_recall import AssocRecall as AssocRecall
+from s5eqx.data.synthetics.counting import Counting as Counting
+from s5eqx.data.synthetics.induction_heads import InductionHeads as InductionHeads
+from s5eqx.data.synthetics.linear_functions import LinearFunctions as LinearFunctions
+from s5eqx.data.synthetics.majority import Majority as Majority
+from s5eqx.data.synthetics.selective_copying import SelectiveCopying as SelectiveCopying

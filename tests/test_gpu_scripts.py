@@ -37,7 +37,7 @@ def test_the_check_refuses_what_it_cannot_do(tmp_path):
         assert done.returncode == 2 and not done.stdout
         return done.stderr
 
-    assert "usage: tests/gpu/check.sh build|tests|sanitize|bench" in complaint("all")
+    assert "usage: tests/gpu/check.sh build|tests|sanitize|bench|recall" in complaint("all")
     assert "no GPU here" in complaint("build")
     smi.write_text("#!/bin/sh\necho NVIDIA H200, 9.0, 580.159\n")
     assert "run tests/gpu/check.sh build first" in complaint("bench")
@@ -86,3 +86,18 @@ def test_same_bits(tmp_path):
 def test_what_the_sanitizer_watches(tmp_path):
     lines = output_of("sanitize.py", "complex64", "pairs32", folder=tmp_path)
     assert lines[-1] == "2 element types, each forward, backward and final state: right"
+
+
+@pytest.mark.slow
+def test_recall(tmp_path):
+    """The three ways to a step and the training; when its time is over, it stops, and the next call ends it."""
+    options = ["--dry", "--run", "run"]
+    lines = output_of("recall_131k.py", *options, "--seconds", "1", folder=tmp_path)
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["s5eqx", "s5eqx, in pieces", "as written"]
+    assert all(float(cell) > 0 for row in rows for cell in (row[1], row[4], row[5]))
+    assert lines[-1] == "- not at its end: the same command continues"
+    lines = output_of("recall_131k.py", *options, folder=tmp_path)
+    assert not [line for line in lines if line.startswith("| ")], "measured once"
+    assert "trained: 30 of 30 steps; a checkpoint has 1." in lines[-2]
+    assert lines[-1].startswith("- accuracy ") and "published: 97.2 %" in lines[-1]

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What only a machine with a CUDA device can show, in four parts of at most eight minutes each, without network.
+# What only a machine with a CUDA device can show, in five parts of at most eight minutes each, without network.
 #
 #   tests/gpu/check.sh build      builds for the devices of this machine, installs, runs s5eqx.self_test
 #   tests/gpu/check.sh tests      pytest -m gpu, and the same bits again and again on a busy device
 #   tests/gpu/check.sh sanitize   compute-sanitizer over every way through the kernels
 #   tests/gpu/check.sh bench      times, errors and memory beside what else does the same; also bench.md, bench.json
+#   tests/gpu/check.sh recall     recall over 131,072 tokens: a step beside the usual one, then seven minutes of training;
+#                                 again and again, until it is trained. Needs what the experiments import as well
 #
 # Needs nvcc, a C++ compiler, and in $PYTHON (python3) what s5eqx imports, with cmake, ninja, pybind11, setuptools and
 # pytest. `build` comes first; the other parts use what it installed. Everything is written to $S5EQX_CHECK_DIR
@@ -20,7 +22,7 @@ limit=480 # seconds
 
 die() { printf '%s\n' "$*" >&2; exit 2; }
 
-[[ $part =~ ^(build|tests|sanitize|bench)$ ]] || die "usage: tests/gpu/check.sh build|tests|sanitize|bench"
+[[ $part =~ ^(build|tests|sanitize|bench|recall)$ ]] || die "usage: tests/gpu/check.sh build|tests|sanitize|bench|recall"
 command -v nvidia-smi >/dev/null || die "no GPU here: nvidia-smi is not on PATH"
 gpu=$(nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv,noheader 2>&1) || die "no GPU here: $gpu"
 [ -n "$gpu" ] || die "no GPU here: nvidia-smi lists none"
@@ -112,6 +114,10 @@ bench)
   py "bench ssm" "$root/tests/gpu/bench_ssm.py" || true
   sed -n '/^- date/,$p' "$work/logs/bench-bench.log" "$work/logs/bench-bench_ssm.log" >"$work/bench.md"
   rows+=("| table | | $work/bench.md |")
+  ;;
+recall)
+  py "what is trained" -c "$says_what_it_is" "$installed"
+  py "recall" "$root/tests/gpu/recall_131k.py" --run "$work/recall" --seconds $((limit - 60 - SECONDS)) || true
   ;;
 esac
 exit "$failed"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from s5eqx._typing import Array, Bool, Int, PRNGKeyArray, checked
-from s5eqx.data._task import AbstractBatch, AbstractTask, Batch
+from s5eqx.data._task import AbstractBatch, AbstractTask, Batch, LabelledBatch, SeriesBatch
 from s5eqx.data.hashing import HashSet, hash_tokens
 from s5eqx.data.permutation import permuted
 
@@ -181,3 +181,24 @@ class AbstractTokenTask(AbstractSynthetic):
 
     def asked(self) -> Bool[np.ndarray, " L"]:
         return np.arange(self.sequence_length) >= self.sequence_length - self.answer_length
+
+
+class AbstractLabelTask(AbstractSynthetic):
+    """A generated task whose examples are sequences of tokens, padded to one length, and their classes."""
+
+    batch: ClassVar[type[AbstractBatch]] = LabelledBatch
+
+    vocab_size: int
+    """V, the number of tokens."""
+    num_classes: int
+
+
+class AbstractSeriesTask(AbstractSynthetic):
+    """A generated task whose examples are sequences of vectors and what is to be predicted at their steps."""
+
+    batch: ClassVar[type[AbstractBatch]] = SeriesBatch
+
+    num_features: int
+    """Entries of the vector at a step."""
+    num_outputs: int
+    """Numbers that are to be predicted at a step."""

@@ -2,19 +2,17 @@
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 from s5eqx._typing import Array, Bool, PRNGKeyArray
-from s5eqx.data._task import AbstractBatch, SeriesBatch
-from s5eqx.data.synthetics._synthetic import AbstractSynthetic
+from s5eqx.data.synthetics._synthetic import AbstractSeriesTask
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearFunctions(AbstractSynthetic):
+class LinearFunctions(AbstractSeriesTask):
     """Sequences `x_0, f(x_0), x_1, f(x_1), ..., x_n`, to be continued by `f(x_n)`, where `f(x) = w x / sqrt(d)`.
 
     The vectors `x_i` and `w` in R^d have independent standard normal entries, so that `f(x)` has variance 1: the
@@ -36,7 +34,7 @@ class LinearFunctions(AbstractSynthetic):
     dimension: int = 5
     num_pairs: int = 20
 
-    batch: ClassVar[type[AbstractBatch]] = SeriesBatch
+    num_outputs = 1
 
     def __post_init__(self):
         if self.dimension < 1 or self.num_pairs < 1:
@@ -46,6 +44,10 @@ class LinearFunctions(AbstractSynthetic):
     @property
     def sequence_length(self) -> int:
         return 2 * self.num_pairs + 1
+
+    @property
+    def num_features(self) -> int:
+        return self.dimension + 1
 
     def draw(self, key: PRNGKeyArray) -> dict[str, Array]:
         normal = jr.normal(key, (self.num_pairs + 2, self.dimension), jnp.float32)

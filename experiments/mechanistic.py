@@ -105,7 +105,7 @@ def task(s: Settings, name: Task, size: int) -> AbstractSynthetic:
         case "recall":
             return AssocRecall(s.vocab_size, size, **common)
         case "induction":
-            return InductionHeads(s.vocab_size, size, **common)
+            return InductionHeads(s.vocab_size, size, answer_only=True, **common)
         case "majority":
             return Majority(s.vocab_size, size, **common)
         case "counting":

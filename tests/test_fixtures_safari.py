@@ -35,7 +35,7 @@ FILES += MODELS + TABLES + OTHERS
 
 
 def test_every_file_is_run():
-    assert sorted(FILES) == sorted(path.stem for path in FOLDER.glob("*.npz"))
+    assert sorted(FILES) == sorted(path.stem for path in FOLDER.glob("*.npz") if not path.stem.startswith("data_"))
 
 
 def streamed(mixer, x):

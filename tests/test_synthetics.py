@@ -45,9 +45,8 @@ TINY = [  # with fewer examples than are drawn here; half of them make the test
     AssocRecall(6, 6, key_length=2, allow_dot=True, num_test=112),
     InductionHeads(4, 5, num_test=24),
     InductionHeads(4, 7, copy_length=2, num_triggers=2, num_test=128),
-    Majority(3, 5, num_test=60),
+    Majority(3, 6, num_test=90),
     Counting(7, 4, num_test=126),
-    Counting(6, 2, num_test=8),
     SelectiveCopying(5, 5, 2, num_test=45),
     Addition(1, num_test=50),
 ]
@@ -253,6 +252,22 @@ def test_the_tasks_are_the_published_ones(case):
 # What is shown and asked.
 
 
+@pytest.mark.parametrize(
+    "task, tokens",
+    [
+        (SelectiveCopying(14), [".", "0", "1", "10", "11", *"23456789", "=>"]),
+        (Majority(12), [*"0123456789", "10", "11"]),
+        (Counting(9), [*"1234", *"abcde"]),
+        (Counting(54, 2, num_test=1), ["1", "2", *string.ascii_lowercase, *[f"{a}1" for a in string.ascii_lowercase]]),
+        (Addition(), [*"0123456789"]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_vocabularies(task, tokens):
+    assert list(task.vocabulary) == tokens
+    assert task.decode(range(task.vocab_size)) == tokens
+
+
 @each(*TASKS)
 def test_the_answer_follows_from_what_is_shown(task):
     assert len(set(task.vocabulary)) == len(task.vocabulary) == task.vocab_size
@@ -268,7 +283,7 @@ def test_the_answer_follows_from_what_is_shown(task):
 
 @each(*TINY, *TASKS, SERIES)
 def test_what_counts(task):
-    """The right targets, in no training example that is one of the test; which has none twice, and an end."""
+    """A test example in training does not, nor a number beyond the test, which holds no example twice."""
     place = np.arange(task.sequence_length)
     asked = place >= task.sequence_length - answer_length(task)
     trained = asked
@@ -290,6 +305,8 @@ def test_linear_functions():
     steps, targets = drawn(SERIES).inputs.astype(np.float64), drawn(SERIES).targets.astype(np.float64)
     x, shown = steps[:, ::2, :-1], steps[:, 1::2, -1:]
     assert x.shape == (DRAWN, n + 1, d) and shown.shape == (DRAWN, n, 1)
+    assert steps.shape[1:] == (SERIES.sequence_length, SERIES.num_features)
+    assert targets.shape[1:] == (SERIES.sequence_length, SERIES.num_outputs)
     assert not steps[:, ::2, -1].any() and not steps[:, 1::2, :-1].any()
     w = np.linalg.pinv(x[:, :-1]) @ shown * math.sqrt(d)  # by least squares
     np.testing.assert_allclose(targets[:, ::2], x @ w / math.sqrt(d), rtol=0, atol=1e-5)
@@ -486,7 +503,7 @@ def test_an_example_depends_on_its_number_alone(task, request):
     assert_same(dataclasses.replace(task).train_batch(3, 4), drawn(task), np.arange(12, 16))
 
 
-@each(TASKS[4], SERIES)
+@each(Majority(num_test=50))
 def test_seeds_give_other_examples_and_the_size_of_the_test_does_not(task):
     first, numbers = drawn(task), np.arange(24)
     assert_same(dataclasses.replace(task, num_test=7).train(jnp.asarray(numbers[5:6])), first, numbers[5:6])
@@ -539,12 +556,12 @@ def test_long_sequences_are_quick(task):
         (Majority, {"vocab_size": 1}, "vocab_size must be at least 2, got 1"),
         (AssocRecall, {"length": 1}, "length must be at least 2 tokens, got 1"),
         (AssocRecall, {"length": 3, "key_length": 3}, "length must be at least 4 tokens, got 3"),
+        (AssocRecall, {"vocab_size": 4, "length": 100, "num_test": 1}, "only 1 different examples"),
         (AssocRecall, {"key_length": 0}, "key_length must be at least 1 token, got 0"),
-        (
-            AssocRecall,
-            {"key_length": 11, "length": 30},
-            "key_length=11 out of 4 tokens are 4,194,304",
-        ),
+        (AssocRecall, {"key_length": 7, "length": 30}, "at most 8192; keys of key_length=7 out of 4 tokens are more"),
+        (AssocRecall, {"vocab_size": 22, "key_length": 10_000, "length": 20_000}, "at most 8192"),
+        (Majority, {"seed": -1}, "a seed is a number of 32 bits, 0 to 4294967295, got -1"),
+        (Majority, {"seed": 2**32}, "a seed is a number of 32 bits"),
         (InductionHeads, {"length": 4, "copy_length": 3}, "length must be at least 5 tokens, got 4"),
         (InductionHeads, {"copy_length": 0}, "must be at least 1, got 0 and 1"),
         (InductionHeads, {"num_triggers": 0}, "must be at least 1, got 1 and 0"),
@@ -563,7 +580,7 @@ def test_settings_that_cannot_be_are_refused(task, settings, message):
         task(**settings)
 
 
-@pytest.mark.parametrize("task", [*TINY, SERIES], ids=repr)
+@each(*TINY, SERIES)
 def test_sizes_that_cannot_be_are_refused(task):
     resized = functools.partial(dataclasses.replace, task)
     with pytest.raises(ValueError, match="num_examples must be at least 1, or None for endless data, got 0"):

@@ -81,10 +81,12 @@ class AbstractSynthetic(AbstractTask):
 
     @abc.abstractmethod
     def num_distinct(self) -> int | float:
-        """How many different examples there are; infinite where they are of real numbers."""
+        """How many different examples there are, or at the least; infinite where they are of real numbers."""
 
     def check_sizes(self):
-        """Refuses a training or test set that cannot be."""
+        """Refuses a seed, a training set or a test set that cannot be."""
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"a seed is a number of 32 bits, 0 to {2**32 - 1}, got {self.seed}")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"num_examples must be at least 1, or None for endless data, got {self.num_examples}")
         if self.num_test < 1:
@@ -92,13 +94,13 @@ class AbstractSynthetic(AbstractTask):
         distinct = self.num_distinct()
         if distinct <= self.num_test:
             raise ValueError(
-                f"num_test must leave something to train on: there are only {distinct} different examples of {self}; "
+                f"num_test must leave some for training, but only {distinct} different examples of {self} are known; "
                 f"ask for fewer, or for longer sequences"
             )
         if self.num_examples is not None and distinct < self.num_test + self.num_examples:
             raise ValueError(
                 f"num_examples={self.num_examples} and num_test={self.num_test} ask for more different examples than "
-                f"the {distinct} that there are of {self}; ask for fewer, or for longer sequences"
+                f"the {distinct} that are known of {self}; ask for fewer, or for longer sequences"
             )
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -133,12 +135,12 @@ class AbstractSynthetic(AbstractTask):
 
     @property
     def _is_discrete(self) -> bool:
-        return math.isfinite(self.num_distinct())
+        return self.num_distinct() != math.inf
 
     @functools.cached_property
     def _test_set(self) -> tuple[Int[np.ndarray, " N"], HashSet]:
         """The numbers in the test stream of its first `num_test` different examples, and their hashes."""
-        chunk = max(1, min(4096, 2**22 // self.sequence_length))
+        chunk = max(1, min(4096, 2 * self.num_test, 2**22 // self.sequence_length))
         hashes = np.zeros((0,), np.uint64)
         first = np.zeros((0,), np.int64)
         with jax.ensure_compile_time_eval():

@@ -22,7 +22,7 @@ class Addition(AbstractTokenTask):
 
     **Arguments:** those of every synthetic task, and
 
-    - `digits`: of each number, between 1 and 9.
+    - `digits`: of each number, between 1 and 9. There are 100 sums of one digit: `num_test` must then be smaller.
     """
 
     digits: int = 3

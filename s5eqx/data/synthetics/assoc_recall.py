@@ -12,6 +12,9 @@ from s5eqx.data.synthetics._synthetic import AbstractTokenTask, below, with_spec
 ENOUGH = 2**53
 """Different examples beyond which nobody counts."""
 
+MOST_KEYS = 8192
+"""Different keys: an example holds as many numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AssocRecall(AbstractTokenTask):
@@ -39,12 +42,14 @@ class AssocRecall(AbstractTokenTask):
       `sequence_length` inputs.
     - `key_length`: tokens of a key.
     - `allow_dot`: draw the query among all keys, and answer `.` for one that did not occur.
+    - `answer_only`: ask for the answer alone in training too.
     """
 
     vocab_size: int = 10
     length: int = 20
     key_length: int = 1
     allow_dot: bool = False
+    answer_only: bool = False
 
     answer_length = 1
 
@@ -61,10 +66,11 @@ class AssocRecall(AbstractTokenTask):
                 f"a list of pairs needs at least one pair: length must be at least {self.key_length + 1} tokens, "
                 f"got {self.length}"
             )
-        if self.num_maps > 2**20:
+        if self.num_maps > MOST_KEYS:
             raise ValueError(
-                f"there are at most {2**20:,} different keys, but keys of key_length={self.key_length} out of "
-                f"{self.num_keys} tokens are {self.num_maps:,}; take shorter keys or a smaller vocab_size"
+                f"an example draws a value for every key, of which there must be at most {MOST_KEYS}; keys of "
+                f"key_length={self.key_length} out of {self.num_keys} tokens are more. Take shorter keys or a smaller "
+                f"vocab_size"
             )
         self.check_sizes()
 
@@ -115,7 +121,7 @@ class AssocRecall(AbstractTokenTask):
         return {"inputs": row[:-1], "targets": row[1:]}
 
     def trained(self) -> Bool[np.ndarray, " L"]:
-        return np.ones(self.sequence_length, bool)
+        return self.asked() if self.answer_only else np.ones(self.sequence_length, bool)
 
     def num_distinct(self) -> int | float:
         M, values = self.num_maps, self.num_values

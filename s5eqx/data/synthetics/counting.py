@@ -18,7 +18,8 @@ class Counting(AbstractTokenTask):
 
     The count is uniform in 1, ..., `max_count`, and so are the places of the others among those before; all the rest
     are uniform among the other symbols. Half of the tokens are counts (`vocab_size // 2`, but no more than `length`),
-    the rest are symbols. The answer alone counts, in training too. Chance is one over `max_count`.
+    the rest are symbols. The answer alone counts, in training too. Chance is one over `max_count`, but how far back the
+    symbol last occurred tells much: at the default sizes it is enough for one half.
 
     Source: the Hyena paper (arXiv 2302.10866), section 4.1, which gives one example and no code: how the sequences are
     drawn is this library's choice.

@@ -16,8 +16,9 @@ class InductionHeads(AbstractTokenTask):
     """Sequences such as `3 1 => 5 2 0 6 4 =>`, to be continued by `5`.
 
     `length` random tokens, in one place of which stands the trigger `=>` in place of a token; then the trigger, then a
-    copy of the `copy_length` tokens that followed it. With several triggers, half of the sequences have one all the
-    same; in the others each trigger is followed by the same copy, but a place too close behind another is left out.
+    copy of the `copy_length` tokens that followed it. With several triggers, half of the sequences are drawn with one
+    all the same; in the others each trigger is followed by the same copy, but a place too close behind another is left
+    out.
 
     Training asks for the next token everywhere, the test for the copy. Chance is one over `vocab_size - 2`.
 
@@ -32,12 +33,14 @@ class InductionHeads(AbstractTokenTask):
     - `length`: tokens before the last trigger, at least `copy_length + 2`.
     - `copy_length`: tokens that follow a trigger.
     - `num_triggers`: places that are drawn for triggers.
+    - `answer_only`: ask for the copy alone in training too. All the rest is random, so that this learns much faster.
     """
 
     vocab_size: int = 20
     length: int = 30
     copy_length: int = 1
     num_triggers: int = 1
+    answer_only: bool = False
 
     def __post_init__(self):
         if self.vocab_size < 4:
@@ -89,7 +92,7 @@ class InductionHeads(AbstractTokenTask):
         return {"inputs": row[:-1], "targets": row[1:]}
 
     def trained(self) -> Bool[np.ndarray, " L"]:
-        return np.ones(self.sequence_length, bool)
+        return self.asked() if self.answer_only else np.ones(self.sequence_length, bool)
 
     def num_distinct(self) -> int:
         """Those of one trigger; several come on top."""

@@ -23,7 +23,8 @@ class LinearFunctions(AbstractSeriesTask):
     Source: Garg et al., "What Can Transformers Learn In-Context?" (arXiv 2208.01066), and the Hyena paper
     (arXiv 2302.10866), section 4.1.
 
-    Differs from the reference: f(x) has a channel of its own, and is scaled.
+    Differs from the reference: f(x) has a channel of its own, and is scaled. Example i is a function of (seed, i), up
+    to the rounding of f(x), which may differ with the size of a batch.
 
     **Arguments:** those of every synthetic task, and
 

@@ -16,7 +16,7 @@ class Majority(AbstractTokenTask):
     """Sequences such as `0 6 6 6 4 5 6`, to be continued by `6`.
 
     One token stands in `length // 2 + 1` places, drawn among all; the others are uniform among the other tokens. The
-    answer alone counts, in training too. To repeat the last token is right for half of the sequences.
+    answer alone counts, in training too. To repeat the last token is right a little more than half of the time.
 
     Source: the Hyena paper (arXiv 2302.10866), section 4.1, which gives one example and no code: how the sequences are
     drawn is this library's choice.

@@ -84,6 +84,7 @@ class Pendulum(AbstractSeriesTask):
     - `size`: of a picture, in pixels, at least 10. A step has `size * size` inputs.
     - `friction`: per second, between 0 and 10.
     - `noise`: False for clean pictures.
+    - `intervals`: False to keep the times secret.
     """
 
     num_times: int = 100
@@ -91,6 +92,7 @@ class Pendulum(AbstractSeriesTask):
     size: int = 24
     friction: float = 0.1
     noise: bool = True
+    intervals: bool = True
 
     num_outputs = 2
 
@@ -124,11 +126,9 @@ class Pendulum(AbstractSeriesTask):
         if self.noise:
             clear = self._clearness(clear_key)[places][:, None]
             inputs = clear * inputs + (1 - clear) * jr.uniform(noise_key, inputs.shape, jnp.float32)
-        return {
-            "inputs": inputs,
-            "targets": jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=1),
-            "intervals": jnp.diff(places, prepend=jnp.int32(0)).astype(jnp.float32),
-        }
+        targets = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=1)
+        times = {"intervals": jnp.diff(places, prepend=jnp.int32(-1)).astype(jnp.float32)} if self.intervals else {}
+        return {"inputs": inputs, "targets": targets, **times}
 
     def trained(self) -> Bool[np.ndarray, " L"]:
         return np.ones(self.length, bool)

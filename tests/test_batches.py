@@ -1,0 +1,115 @@
+"""Sequences with a class, and series of vectors: their losses, and training on them as on tokens."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import tiny
+from helpers import quick_jit
+
+from s5eqx.data import LabelledBatch, SeriesBatch
+from s5eqx.data.synthetics import LinearFunctions, ListOps
+from s5eqx.models import Classifier, Regressor, SequenceEncoder
+from s5eqx.nn import S5
+from s5eqx.train import fit, label, make_mesh, peak_memory, squared_error
+
+
+def encoder(inputs, key):
+    return SequenceEncoder(inputs, lambda key: S5(4, 4, key=key), num_layers=1, key=key)
+
+
+def classifier(key):
+    return Classifier(encoder(eqx.nn.Embedding(16, 4, key=key), key), 10, key=key)
+
+
+def regressor(key):
+    return Regressor(encoder(eqx.nn.Linear(3, 4, key=key), key), 1, key=key)
+
+
+TASKS = {
+    "labels": (classifier, ListOps(8, 2, 3, num_test=30), label),
+    "series": (regressor, LinearFunctions(2, 4, num_test=30), squared_error),
+}
+
+
+def test_the_score_of_labels():
+    model = quick_jit(classifier)(jr.key(0))
+    batch = TASKS["labels"][1].test(jnp.arange(6))
+    batch = eqx.tree_at(lambda b: b.weights, batch, jnp.array([1.0, 2.0, 1.0, 0.0, 1.0, 1.0]))
+    given = eqx.filter_jit(label)(model, batch)
+    logits = [eqx.filter_jit(model)(x[:n]) for x, n in zip(batch.inputs, batch.lengths, strict=True)]
+    nll = [-jax.nn.log_softmax(row)[target] for row, target in zip(logits, batch.targets, strict=True)]
+    assert float(given.loss) == pytest.approx(np.average(nll, weights=batch.weights), rel=1e-5)
+    right = [row.argmax() == target for row, target in zip(logits, batch.targets, strict=True)]
+    assert float(given.accuracy) == pytest.approx(np.average(right, weights=batch.weights))
+    assert float(given.weight) == 6.0
+
+
+def test_the_score_of_series(key):
+    """With the intervals, if there are any; what has no weight has no effect, whatever the model says of it."""
+    inputs, targets = jr.normal(key, (2, 3, 4)), jnp.ones((2, 3, 2))
+    weights = jnp.array([[1.0, 0.0, 0.5], [1.0, 1.0, 0.0]])
+
+    def model(x, *, intervals=None, key=None):
+        said = x[:, :2] + (0 if intervals is None else intervals[:, None])
+        return jnp.where(jnp.isnan(x[:, 3:]), jnp.nan, said)
+
+    misses = np.mean((np.asarray(inputs[..., :2]) - 1) ** 2, axis=-1)
+    given = squared_error(model, SeriesBatch(inputs, targets, weights))
+    assert float(given.loss) == pytest.approx(np.average(misses, weights=weights), rel=1e-6)
+    assert given.accuracy is None and given.means.keys() == {"loss"}
+    timed = squared_error(model, SeriesBatch(inputs - 2, targets, weights, jnp.full((2, 3), 2.0)))
+    assert float(timed.loss) == pytest.approx(float(given.loss), rel=1e-5)
+
+    wild = inputs.at[0, 1, 3].set(jnp.nan)
+    loss = lambda inputs: squared_error(model, SeriesBatch(inputs, targets, weights)).loss
+    assert loss(wild) == loss(inputs)
+    gradient = jax.grad(loss)(wild)
+    assert np.isfinite(gradient).all() and not gradient[0, 1].any() and gradient[0, 0].any()
+    twice = given + given
+    assert float(twice.loss) == pytest.approx(float(given.loss)) and twice.accuracy is None
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_they_train_the_same_on_two_devices_and_in_parts(kind):
+    build, task, loss = TASKS[kind]
+    runs = []
+    for options in ({}, {"mesh": make_mesh(2)}, {"accumulate": 2}):
+        trainer = tiny.trainer(build, task=task, loss=loss, **options)
+        leaves, metrics = trainer.run(trainer.init())
+        runs.append((metrics, trainer.evaluate(leaves)))
+    (one, tested), *others = runs
+    assert ("accuracy" in one) == (kind == "labels") and one["loss"].shape == (5,)
+    assert tested.keys() == ({"loss", "accuracy", "perplexity"} if kind == "labels" else {"loss"})
+    for metrics, test in others:
+        for name, values in one.items():
+            np.testing.assert_allclose(metrics[name], values, rtol=1e-4)
+        assert test == pytest.approx(tested, rel=1e-4)
+
+
+def test_a_series_is_logged_without_what_it_has_not():
+    build, task, loss = TASKS["series"]
+    trainer = tiny.trainer(build, task=task, loss=loss)
+    lengths = {"steps": 10, "eval_every": 10, "log_every": 5, "checkpoint_every": 10}
+    result = fit(trainer, **lengths, progress=False)
+    assert all(np.isfinite(list(record.values())).all() for record in result.history)
+    names = set(result.history[-1])
+    assert {"train/loss", "test/loss", "memory/peak_MiB"} <= names
+    assert not any("accuracy" in name or "perplexity" in name for name in names)
+    assert result.history[-1]["memory/peak_MiB"] <= peak_memory() / 2**20
+    assert 10 < peak_memory() / 2**20 < 1e6, "in MiB, of a process"
+
+
+def test_longer_examples_can_be_evaluated():
+    build, task, loss = TASKS["series"]
+    trainer = tiny.trainer(build, task=task, loss=loss)
+    leaves, longer = trainer.init(), LinearFunctions(2, 9, num_test=20)
+    expected = loss(trainer.model(trainer.unflatten(leaves)), longer.test(jnp.arange(20)))
+    assert trainer.evaluate(leaves, task=longer)["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+
+
+def test_batches_say_what_they_are_made_of():
+    with pytest.raises(TypeError):
+        LabelledBatch(jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), jnp.int32), jnp.ones(2), jnp.ones(2, jnp.int32))

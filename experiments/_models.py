@@ -1,16 +1,20 @@
 """The models of the synthetic tasks: their settings, every mixer, and what is built of them."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.random as jr
 
 from s5eqx import nn
 from s5eqx.data import LabelledBatch, SeriesBatch
 from s5eqx.data.synthetics import AbstractLabelTask, AbstractSeriesTask, AbstractSynthetic, AbstractTokenTask
+from s5eqx.interop import load
 from s5eqx.models import AbstractInit, Classifier, DefaultInit, LanguageModel, Regressor, S5Init, SequenceEncoder
 from s5eqx.train import (
     DefaultGroups,
@@ -84,6 +88,8 @@ class TrainSettings:
     """Steps of linear warm-up, before a cosine to zero."""
     published: bool = False
     """Initialisation, groups and schedule of the S5 branch in place of the library's."""
+    start: str | None = None
+    """Weights to begin with, the model.safetensors of a run with the same model; None for initial ones."""
     stop_at: float | None = None
     """Stop when the test has this accuracy; None for never."""
     chunk: int | None = None
@@ -194,6 +200,25 @@ def build(s: Settings, task: AbstractSynthetic, max_length: int) -> Callable:
     return model
 
 
+def started(file: str, build: Callable) -> Callable:
+    """As `build`, with the weights in the file."""
+    model = load(Path(file))
+    sizes = lambda tree: [
+        (jax.tree_util.keystr(path), a.shape) for path, a in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    given = sizes(eqx.filter(model, eqx.is_array))
+    wanted = sizes(
+        eqx.filter(eqx.filter_eval_shape(build, jr.key(0)), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    )
+    for one, other in itertools.zip_longest(wanted, given, fillvalue=("nothing", ())):
+        if one != other:
+            raise ValueError(
+                f"start must hold the model that the settings describe, with {one[0]} {one[1]}, but {file} has "
+                f"{other[0]} {other[1]}; give the settings of its run"
+            )
+    return lambda key: model
+
+
 def groups(s: Settings):
     if s.published:
         return PublishedGroups(s.lr, s.lr, PublishedCosine(s.steps, s.warmup), weight_decay=s.weight_decay)
@@ -203,8 +228,9 @@ def groups(s: Settings):
 def trainer(s: Settings, task: AbstractSynthetic, max_length: int) -> Trainer:
     """What trains that model on the task."""
     losses: dict[type, Callable] = {LabelledBatch: label, SeriesBatch: squared_error}
+    model = build(s, task, max_length)
     return Trainer(
-        build(s, task, max_length),
+        model if s.start is None else started(s.start, model),
         task,
         groups(s),
         batch_size=s.batch_size,

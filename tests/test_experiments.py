@@ -147,18 +147,6 @@ def test_generation_is_measured(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_every_mixer_trains(tmp_path):
-    words = ("--json", "out.json", "--", *TINY, "--steps", 200)
-    code, output, errors = run(ROOT / "experiments/compare_mixers.py", *words, folder=tmp_path)
-    assert code == 0, errors
-    results = json.loads((tmp_path / "out.json").read_text())
-    assert len(results) == 8 and all(f"| {mixer} |" in output for mixer in results)
-    for mixer, result in results.items():
-        assert result["settings"]["mixer"] == mixer
-        assert result["test_loss"] < 1.0, "at the start it is above 1.7"
-
-
 def example_of_the_readme(number):
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -188,3 +189,32 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path):
     assert all(os.stat(tmp_path / "here/cells" / name).st_mtime_ns == then for name, then in done.items())
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "here/grid.md").read_text().startswith("| mixer | recall 8 | linear 8 |\n")
+
+
+@pytest.mark.slow
+def test_every_mixer_trains(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    words = [*TINY, *shlex.split("--tasks recall --lengths 8 --vocab 6 --num-test 10 --steps 200 --run here --mixers")]
+    mixers = [mixer for mixer in get_args(importlib.import_module("_models").Mixer) if "bidirectional" not in mixer]
+    code, output, errors = run(ROOT / "experiments/mechanistic.py", *words, *mixers, folder=tmp_path)
+    assert code == 0, errors
+    assert len(mixers) == 9 and all(f"| {mixer} | " in output for mixer in mixers)
+    for mixer in mixers:
+        cell = json.loads((tmp_path / f"here/cells/recall-{mixer}-8.json").read_text())
+        assert cell["loss"] < 1.0, "at the start it is above 1.7"
+
+
+@pytest.mark.slow
+def test_training_starts_from_given_weights(tmp_path):
+    """With none of its own steps to speak of it is as good as what it started from; another model is refused."""
+    script = ROOT / "experiments/assoc_recall.py"
+    code, output, errors = run(script, *RECALL, "--run", "first", folder=tmp_path)
+    assert code == 0, errors
+    first = json.loads(output.splitlines()[-1])
+    words = [*RECALL, "--start", "first/model.safetensors", "--lr", 1e-9, "--run"]
+    code, output, errors = run(script, *words, "second", folder=tmp_path)
+    assert code == 0, errors
+    assert json.loads(output.splitlines()[-1])["test_loss"] == pytest.approx(first["test_loss"], rel=1e-3)
+    code, _, errors = run(script, *words, "third", "--state-size", 16, folder=tmp_path)
+    assert code == 1 and "start must hold the model that the settings describe" in errors and "Traceback" not in errors
+    assert not (tmp_path / "third").exists()

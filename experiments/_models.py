@@ -107,6 +107,11 @@ class TrainSettings:
     seed: int = 0
     """Chooses the data and the initial weights."""
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What every synthetic task takes."""
+        return {"seed": self.seed, "num_examples": self.num_examples, "num_test": self.num_test}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ModelSettings, TrainSettings):

@@ -56,9 +56,11 @@ def in_a_process_of_its_own(script: str, arguments: list[str], *, tuned: bool) -
 
 def where() -> dict[str, str]:
     """The machine and the versions, for the record."""
+    cores = len(os.sched_getaffinity(0))
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    machine = f"{cores} {'core' if cores == 1 else 'cores'}"
     return {
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {cpus[0].split(':')[1].strip()}" if cpus else "unknown",
+        "machine": f"{machine}, {cpus[0].split(':')[1].strip()}" if cpus else machine,
         "jax": jax.__version__,
         "python": sys.version.split()[0],
     }

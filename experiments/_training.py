@@ -7,7 +7,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _command import Place
+from _command import Place, parse
 from _models import Settings, trainer
 from _reproduce import Ours, machine, record, spread
 
@@ -35,25 +35,32 @@ class Where(Place):
     """Page to write the result into, such as experiments/REPRODUCE.md."""
 
 
-def experiment(
-    name: str,
-    preset: str,
-    s: S,
-    where: Where,
+def main(
+    presets: Mapping[str, S],
     task_of: Callable[[S, int], AbstractSynthetic],
-    length: int,
+    size: str,
+    description: str | None,
     *,
     began: float,
 ) -> None:
-    """Trains what the settings say, once for each seed, and prints the result as JSON on the last line.
+    """Trains what the command line says, once for each seed, and prints the result as JSON on the last line.
 
     **Arguments:**
 
-    - `name`: of the script; runs are in folders that begin with it.
-    - `task_of`: the task at a length.
-    - `length`: of training.
+    - `presets`: the settings by name.
+    - `task_of`: the task that the settings describe, at a length.
+    - `size`: the setting that is the length of training.
+    - `description`: for `--help`.
     - `began`: `time.perf_counter()` when the process started.
     """
+    preset, settings, where = parse(presets, Where(), description, sys.argv)
+    try:
+        _train(preset, settings, where, task_of, getattr(settings, size), began=began)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _train(preset: str, s: Settings, where: Where, task_of: Callable, length: int, *, began: float) -> None:
     if where.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {where.seeds}")
     if where.record is not None and not where.record.absolute().parent.is_dir():
@@ -66,7 +73,7 @@ def experiment(
     whole = open_run(
         {**settings, "seeds": where.seeds} if several else settings,
         folder=where.run,
-        stem=f"{name}-{preset}-{s.mixer}",
+        stem=f"{Path(sys.argv[0]).stem}-{preset}-{s.mixer}",
         resume=where.resume,
         overwrite=where.overwrite,
     )
@@ -91,9 +98,7 @@ def experiment(
         record(where.record, _ours(sys.argv, results))
 
 
-def _one(
-    run: Run, trainer: Trainer, s: S, task_of: Callable[[S, int], AbstractSynthetic], *, began: float
-) -> dict | None:
+def _one(run: Run, trainer: Trainer, s: Settings, task_of: Callable, *, began: float) -> dict | None:
     """Trains with one seed; the result, which is in the run's folder too, or nothing if someone interrupted."""
     print(f"run in {run.folder}, curves with: tensorboard --logdir {run.folder}", flush=True)
     result = fit(
@@ -121,8 +126,7 @@ def _one(
         summary["test_accuracy_first_500"] = trainer.evaluate(leaves, 500)["accuracy"]
         summary["seconds_to_99"] = result.seconds_to(0.99)
     if s.test_lengths:
-        at = {length: trainer.evaluate(leaves, task=task_of(s, length)) for length in s.test_lengths}
-        summary["test_lengths"] = {length: found.get("accuracy", found["loss"]) for length, found in at.items()}
+        summary["test_lengths"] = {length: _at_length(trainer, leaves, task_of(s, length)) for length in s.test_lengths}
     measure = "accuracy" if "accuracy" in test else "loss"
     summary |= {
         "curve": [
@@ -142,6 +146,13 @@ def _one(
     save(run.folder / "model.safetensors", model)
     (run.folder / RESULT).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _at_length(trainer: Trainer, leaves: list, task: AbstractSynthetic) -> float:
+    """Accuracy or loss on examples of another length, in batches of as many tokens."""
+    size = max(1, trainer.eval_batch_size * trainer.task.sequence_length // task.sequence_length)
+    found = trainer.evaluate(leaves, task=task, batch_size=size)
+    return found.get("accuracy", found["loss"])
 
 
 def whole_answers(model, task, batch_size: int) -> float:

@@ -23,13 +23,11 @@ import time
 START = time.perf_counter()
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import tyro
-from _command import parse
 from _models import Settings as Common
-from _training import Where, experiment
+from _training import main
 
 from s5eqx.data import AssocRecall
 
@@ -86,20 +84,8 @@ for vocab_size in (30, 40):
 
 
 def task(s: Settings, length: int) -> AssocRecall:
-    return AssocRecall(
-        s.vocab_size,
-        length,
-        s.key_length,
-        s.allow_dot,
-        seed=s.seed,
-        num_examples=s.num_examples,
-        num_test=s.num_test,
-    )
+    return AssocRecall(s.vocab_size, length, s.key_length, s.allow_dot, **s.data)
 
 
 if __name__ == "__main__":
-    preset, settings, where = parse(PRESETS, Where(), __doc__, sys.argv)
-    try:
-        experiment("assoc_recall", preset, settings, where, task, settings.length, began=START)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    main(PRESETS, task, "length", __doc__, began=START)

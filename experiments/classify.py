@@ -19,12 +19,10 @@ import time
 START = time.perf_counter()
 
 import dataclasses
-import sys
 from typing import Literal
 
-from _command import parse
 from _models import Settings as Common
-from _training import Where, experiment
+from _training import main
 
 from s5eqx.data.synthetics import AbstractSynthetic, ListOps, Pendulum
 
@@ -90,15 +88,10 @@ PRESETS = {
 
 
 def task(s: Settings, length: int) -> AbstractSynthetic:
-    common = {"seed": s.seed, "num_examples": s.num_examples, "num_test": s.num_test}
     if s.task == "list-ops":
-        return ListOps(length, s.max_depth, s.max_args, **common)
-    return Pendulum(s.num_times, length, s.size, intervals=s.intervals, **common)
+        return ListOps(length, s.max_depth, s.max_args, **s.data)
+    return Pendulum(s.num_times, length, s.size, intervals=s.intervals, **s.data)
 
 
 if __name__ == "__main__":
-    preset, settings, where = parse(PRESETS, Where(), __doc__, sys.argv)
-    try:
-        experiment("classify", preset, settings, where, task, settings.length, began=START)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    main(PRESETS, task, "length", __doc__, began=START)

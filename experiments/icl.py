@@ -17,11 +17,9 @@ import time
 START = time.perf_counter()
 
 import dataclasses
-import sys
 
-from _command import parse
 from _models import Settings as Common
-from _training import Where, experiment
+from _training import main
 
 from s5eqx.data.synthetics import LinearFunctions
 
@@ -38,12 +36,8 @@ PRESETS = {"20-3": Settings(state_size=64, num_blocks=4, dt_min=1e-3, batch_size
 
 
 def task(s: Settings, num_pairs: int) -> LinearFunctions:
-    return LinearFunctions(s.dimension, num_pairs, seed=s.seed, num_examples=s.num_examples, num_test=s.num_test)
+    return LinearFunctions(s.dimension, num_pairs, **s.data)
 
 
 if __name__ == "__main__":
-    preset, settings, where = parse(PRESETS, Where(), __doc__, sys.argv)
-    try:
-        experiment("icl", preset, settings, where, task, settings.num_pairs, began=START)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    main(PRESETS, task, "num_pairs", __doc__, began=START)

@@ -19,13 +19,11 @@ import time
 START = time.perf_counter()
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import tyro
-from _command import parse
 from _models import Settings as Common
-from _training import Where, experiment
+from _training import main
 
 from s5eqx.data.synthetics import InductionHeads
 
@@ -51,21 +49,8 @@ PRESETS = {
 
 
 def task(s: Settings, length: int) -> InductionHeads:
-    return InductionHeads(
-        s.vocab_size,
-        length,
-        s.copy_length,
-        s.num_triggers,
-        s.answer_only,
-        seed=s.seed,
-        num_examples=s.num_examples,
-        num_test=s.num_test,
-    )
+    return InductionHeads(s.vocab_size, length, s.copy_length, s.num_triggers, s.answer_only, **s.data)
 
 
 if __name__ == "__main__":
-    preset, settings, where = parse(PRESETS, Where(), __doc__, sys.argv)
-    try:
-        experiment("induction", preset, settings, where, task, settings.length, began=START)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    main(PRESETS, task, "length", __doc__, began=START)

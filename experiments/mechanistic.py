@@ -3,6 +3,7 @@
     python experiments/mechanistic.py                                   # preset tiny: 20 minutes on two cores
     python experiments/mechanistic.py --run runs/grid --resume          # goes on where it was stopped
     python experiments/mechanistic.py addition                          # 3 digits with Hyena-S5, until it can add
+    python experiments/mechanistic.py mixers                            # recall at L=20 with every mixer
     python experiments/mechanistic.py --tasks recall counting --mixers hyena-s5 lru --lengths 32 128
     python experiments/mechanistic.py hyena-paper                       # V=30, L from 1,024 to 131,072, on a GPU
     python experiments/mechanistic.py tiny --help                       # every setting, with that preset's values
@@ -80,7 +81,13 @@ TINY = Settings(
 PRESETS = {
     "tiny": TINY,
     "addition": dataclasses.replace(
-        TINY, tasks=("addition",), mixers=("hyena-s5",), digits=(3,), batch_size=32, steps=20_000, eval_every=500
+        TINY, tasks=("addition",), mixers=("hyena-s5",), digits=(3,), num_test=4000, batch_size=32, steps=5000
+    ),
+    # As `assoc_recall.py` trains it, with every mixer.
+    "mixers": Settings(
+        tasks=("recall",),
+        mixers=tuple(mixer for mixer in get_args(Mixer) if not mixer.startswith("bidirectional")),
+        lengths=(20,),
     ),
     "hyena-paper": dataclasses.replace(
         TINY,
@@ -100,22 +107,21 @@ PRESETS = {
 
 def task(s: Settings, name: Task, size: int) -> AbstractSynthetic:
     """A task at a length, or with so many digits."""
-    common = {"seed": s.seed, "num_examples": s.num_examples, "num_test": s.num_test}
     match name:
         case "recall":
-            return AssocRecall(s.vocab_size, size, **common)
+            return AssocRecall(s.vocab_size, size, **s.data)
         case "induction":
-            return InductionHeads(s.vocab_size, size, answer_only=True, **common)
+            return InductionHeads(s.vocab_size, size, answer_only=True, **s.data)
         case "majority":
-            return Majority(s.vocab_size, size, **common)
+            return Majority(s.vocab_size, size, **s.data)
         case "counting":
-            return Counting(s.vocab_size, size, **common)
+            return Counting(s.vocab_size, size, **s.data)
         case "copying":
-            return SelectiveCopying(s.vocab_size, size, **common)
+            return SelectiveCopying(s.vocab_size, size, **s.data)
         case "addition":
-            return Addition(size, **common)
+            return Addition(size, **s.data)
         case "linear":
-            return LinearFunctions(s.dimension, size // 2, **common)
+            return LinearFunctions(s.dimension, size // 2, **s.data)
 
 
 def cells(s: Settings) -> list[tuple[Task, Mixer, int]]:

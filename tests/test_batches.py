@@ -107,7 +107,11 @@ def test_longer_examples_can_be_evaluated():
     trainer = tiny.trainer(build, task=task, loss=loss)
     leaves, longer = trainer.init(), LinearFunctions(2, 9, num_test=20)
     expected = loss(trainer.model(trainer.unflatten(leaves)), longer.test(jnp.arange(20)))
-    assert trainer.evaluate(leaves, task=longer)["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+    for batch_size in (None, 7):
+        found = trainer.evaluate(leaves, task=longer, batch_size=batch_size)
+        assert found["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        trainer.evaluate(leaves, batch_size=0)
 
 
 def test_batches_say_what_they_are_made_of():

@@ -96,10 +96,10 @@ class Trainer:
             raise ValueError(f"skip_nonfinite counts updates and must be at least 0, got {skip_nonfinite}")
         self.task, self.policy, self.seed, self.mesh = task, policy, seed, mesh
         self.batch_size, self.steps_per_dispatch, self.accumulate = batch_size, steps_per_dispatch, accumulate
-        self.eval_batch_size, self.skip_nonfinite = min(eval_batch_size, task.num_test), skip_nonfinite
+        self.skip_nonfinite = skip_nonfinite
         if mesh is not None:
             check_mesh(mesh, {"batch_size / accumulate": batch_size // accumulate}, task.sequence_length)
-            self.eval_batch_size = -(-self.eval_batch_size // mesh.shape[DATA]) * mesh.shape[DATA]
+        self.eval_batch_size = self._evaluated_at_once(eval_batch_size, task)
         self._scorer = Scorer(loss, mesh=mesh, compute_dtype=compute_dtype)
 
         key = jr.key(seed)
@@ -180,29 +180,43 @@ class Trainer:
         return self._run(leaves, batches)
 
     def evaluate(
-        self, leaves: list[Array], num_examples: int | None = None, *, task: AbstractTask | None = None
+        self,
+        leaves: list[Array],
+        num_examples: int | None = None,
+        *,
+        task: AbstractTask | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
         """The mean loss a prediction and, for what can be right or wrong, `accuracy` and `perplexity`, which is the
         exponential of the loss: of the first `num_examples` of the test, or of all.
 
-        `task` is that of training if not given. Of another task the examples may be longer where the model takes them.
+        `task` is that of training if not given. Of another task the examples may be longer where the model takes them;
+        `batch_size`, the examples that are evaluated at once, is `eval_batch_size` if not given.
         """
         task = self.task if task is None else task
+        size = self.eval_batch_size if batch_size is None else self._evaluated_at_once(batch_size, task)
         count = task.num_test if num_examples is None else min(num_examples, task.num_test)
         if count < 1:
             raise ValueError(f"at least 1 example must be evaluated, got {num_examples} of {task.num_test}")
 
         def one(start: int) -> Score:
-            indices = start + np.arange(self.eval_batch_size, dtype=np.int32)
+            indices = start + np.arange(size, dtype=np.int32)
             batch, made = None, task  # a corpus is read here, another task makes its examples on the device
             if isinstance(task, AbstractCorpus):
                 batch, made = to_devices(task.test, indices, self.mesh), None
             return self._evaluate(leaves, batch, indices, np.int32(count), made)
 
-        scores = [one(start) for start in range(0, count, self.eval_batch_size)]
+        scores = [one(start) for start in range(0, count, size)]
         total = sum(scores[1:], start=scores[0])
         means = {name: float(mean) for name, mean in total.means.items()}
         return means | ({"perplexity": perplexity(means["loss"])} if "accuracy" in means else {})
+
+    def _evaluated_at_once(self, batch_size, task):
+        """No more than there are, and as many for each device."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        rows = 1 if self.mesh is None else self.mesh.shape[DATA]
+        return -(-min(batch_size, task.num_test) // rows) * rows
 
     def _dispatch(self, leaves, batches):
         if batches is None:

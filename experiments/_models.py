@@ -41,6 +41,9 @@ Mixer = Literal[
     "bidirectional-s4d",
 ]
 
+WINDOWS = ("hyena", "long-conv", "attention")
+"""Mixers whose state is the past itself, which would be kept once a piece."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
@@ -93,7 +96,8 @@ class TrainSettings:
     stop_at: float | None = None
     """Stop when the test has this accuracy; None for never."""
     chunk: int | None = None
-    """Steps of a piece, its state carried into the next, by which long sequences take little memory; None for whole."""
+    """Steps of a piece, its state carried into the next, by which long sequences take little memory; None for whole.
+    Mixers whose state is a window of the past take sequences whole."""
     steps_per_dispatch: int = 100
     """Steps between two returns to Python; divides `steps` and the three intervals below."""
     eval_every: int = 500
@@ -152,6 +156,8 @@ def lru(s: Settings, key):
 
 
 def attention(s: Settings, max_length: int, key):
+    if s.num_heads < 1 or s.width % s.num_heads:
+        raise ValueError(f"num_heads must divide width={s.width}, got {s.num_heads}")
     rotary = nn.Rotary(s.width // s.num_heads)
     return nn.Attention(s.width, s.num_heads, max_length=max_length, rotary=rotary, key=key)
 
@@ -221,7 +227,11 @@ def started(file: str, build: Callable) -> Callable:
                 f"start must hold the model that the settings describe, with {one[0]} {one[1]}, but {file} has "
                 f"{other[0]} {other[1]}; give the settings of its run"
             )
-    return lambda key: model
+
+    def begin(key):  # numbers and functions are those of the settings: a saved model drops nothing
+        return eqx.combine(eqx.filter(model, eqx.is_array), eqx.filter(build(key), eqx.is_array, inverse=True))
+
+    return begin
 
 
 def groups(s: Settings):
@@ -242,5 +252,5 @@ def trainer(s: Settings, task: AbstractSynthetic, max_length: int) -> Trainer:
         steps_per_dispatch=s.steps_per_dispatch,
         eval_batch_size=s.eval_batch_size,
         seed=s.seed,
-        loss=losses.get(task.batch, partial(next_token, chunk=s.chunk)),
+        loss=losses.get(task.batch, partial(next_token, chunk=None if s.mixer in WINDOWS else s.chunk)),
     )

@@ -1,18 +1,24 @@
 """The page of published numbers with ours beside them, which scripts write with `--record`."""
 
 import dataclasses
+import os
 import re
 import statistics
 from pathlib import Path
 
 from _timing import where
 
+PAGE = "REPRODUCE.md"
 HEAD = """\
 # Published numbers and ours
 
 Each script writes its own line when it is started with `--record experiments/REPRODUCE.md`: the command below it made
 it, with this commit. A number with ± is mean and standard deviation over seeds. Where no number of ours stands, the
 command has not been run to its end yet.
+
+The presets are this library's recipes: width 64, endless fresh training data, and for induction a loss on the answer
+alone. Of the published numbers those of arXiv 2212.14052 are of width 32, 5,000 training examples and a loss on all
+tokens; `-published` presets have the recipe of their source. Compare accordingly.
 
 """
 COLUMNS = ("command", "published", "ours", "seeds", "steps", "seconds a run", "machine", "commit", "date")
@@ -69,6 +75,14 @@ def machine(versions: dict[str, str]) -> str:
     return where()["machine"] if kind == "cpu" else name
 
 
+def check_page(page: Path) -> None:
+    """Refuses what is no page of results, before anything is computed."""
+    if not page.absolute().parent.is_dir() or page.is_dir():
+        raise ValueError(f"record must be a file in a folder that exists, got {page}")
+    if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
+        raise ValueError(f"record must be a page that these scripts wrote, or a new file; {page} is another file")
+
+
 def record(page: Path, ours: Ours) -> None:
     """Writes the line of a command into the page, and leaves those of others as they are."""
     lines = read(page)
@@ -77,7 +91,14 @@ def record(page: Path, ours: Ours) -> None:
     order = [*PUBLISHED, *(command for command in lines if command not in PUBLISHED)]
     rows = [lines.get(command, (f"`{command}`", PUBLISHED.get(command, ""), *empty)) for command in order]
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    page.write_text(HEAD + "".join(f"| {' | '.join(row)} |\n" for row in table))
+    write(page, HEAD + "".join(f"| {' | '.join(row)} |\n" for row in table))
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)
 
 
 def read(page: Path) -> dict[str, tuple[str, ...]]:

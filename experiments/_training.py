@@ -17,11 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from _command import Place, parse
 from _models import Settings, trainer
-from _reproduce import Ours, machine, record, spread
+from _reproduce import PAGE, Ours, check_page, machine, record, spread, write
 
+from s5eqx.data import SeriesBatch
 from s5eqx.data.synthetics import AbstractSynthetic, AbstractTokenTask
 from s5eqx.interop import save
-from s5eqx.train import Run, Target, Trainer, commit, fit, open_run, peak_memory, resume_command
+from s5eqx.train import (
+    Run,
+    Target,
+    Trainer,
+    check_lengths,
+    commit,
+    fit,
+    interruption,
+    open_run,
+    peak_memory,
+    resume_command,
+)
 
 RESULT = "result.json"
 S = TypeVar("S", bound=Settings)
@@ -55,20 +67,34 @@ def main(
     """
     preset, settings, where = parse(presets, Where(), description, sys.argv)
     try:
-        _train(preset, settings, where, task_of, getattr(settings, size), began=began)
+        _train(presets, preset, settings, where, task_of, getattr(settings, size), began=began)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
-def _train(preset: str, s: Settings, where: Where, task_of: Callable, length: int, *, began: float) -> None:
+def _train(
+    presets: Mapping[str, Settings],
+    preset: str,
+    s: Settings,
+    where: Where,
+    task_of: Callable,
+    length: int,
+    *,
+    began: float,
+) -> None:
     if where.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {where.seeds}")
-    if where.record is not None and not where.record.absolute().parent.is_dir():
-        raise ValueError(f"record must be a file in a folder that exists, got {where.record}")
-    if s.stop_at is not None and not 0 < s.stop_at <= 1:
-        raise ValueError(f"stop_at is an accuracy between 0 and 1, got {s.stop_at}")
+    if where.record is not None:
+        check_page(where.record)
     longest = max(task_of(s, n).sequence_length for n in (length, *s.test_lengths))
-    made = trainer(s, task_of(s, length), longest)  # refuses what cannot be, before there is a folder
+
+    def built(s: Settings) -> Trainer:
+        return trainer(s, task_of(s, length), longest)
+
+    lengths = {name: getattr(s, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
+    check_lengths(built(s), **lengths)  # and all that the model refuses, before there is a folder
+    if s.stop_at is not None and (issubclass(task_of(s, length).batch, SeriesBatch) or not 0 < s.stop_at <= 1):
+        raise ValueError(f"stop_at is an accuracy between 0 and 1, of a task that has one; got {s.stop_at}")
     settings, several = {"preset": preset, **dataclasses.asdict(s)}, where.seeds > 1
     whole = open_run(
         {**settings, "seeds": where.seeds} if several else settings,
@@ -77,36 +103,36 @@ def _train(preset: str, s: Settings, where: Where, task_of: Callable, length: in
         resume=where.resume,
         overwrite=where.overwrite,
     )
+    code = commit(Path(__file__), apart_from=[PAGE])
     results = []
-    for seed in range(s.seed, s.seed + where.seeds):
-        of_seed, run = dataclasses.replace(s, seed=seed), whole
-        if several:
-            folder = whole.folder / f"seed{seed}"
-            if (folder / RESULT).exists():
-                results.append(json.loads((folder / RESULT).read_text()))
-                continue
-            made = trainer(of_seed, task_of(of_seed, length), longest)
-            run = open_run(settings | {"seed": seed}, folder=folder, resume=(folder / "settings.json").exists())
-        result = _one(run, made, of_seed, task_of, began=began)
-        if result is None:
-            print(f"continue with:\n{resume_command(whole.folder, sys.argv)}")
-            return
-        results.append(result)
-        began = time.perf_counter()
+    with interruption() as asked:
+        for seed in range(s.seed, s.seed + where.seeds):
+            of_seed, run = dataclasses.replace(s, seed=seed), whole
+            if several:
+                folder = whole.folder / f"seed{seed}"
+                if (folder / RESULT).exists():
+                    results.append(json.loads((folder / RESULT).read_text()))
+                    continue
+                run = open_run(settings | {"seed": seed}, folder=folder, resume=(folder / "settings.json").exists())
+            result = None if asked else _one(run, built(of_seed), of_seed, task_of, lengths, code, began=began)
+            if result is None:
+                print(f"continue with:\n{resume_command(whole.folder, sys.argv)}")
+                return
+            results.append(result)
+            began = time.perf_counter()
     print(json.dumps(_summary(whole, results) if several else results[0]))
     if where.record is not None:
-        record(where.record, _ours(sys.argv, results))
+        record(where.record, _ours(words(presets, preset, s, where.seeds), results))
 
 
-def _one(run: Run, trainer: Trainer, s: Settings, task_of: Callable, *, began: float) -> dict | None:
+def _one(
+    run: Run, trainer: Trainer, s: Settings, task_of: Callable, lengths: dict, code: str | None, *, began: float
+) -> dict | None:
     """Trains with one seed; the result, which is in the run's folder too, or nothing if someone interrupted."""
     print(f"run in {run.folder}, curves with: tensorboard --logdir {run.folder}", flush=True)
     result = fit(
         trainer,
-        steps=s.steps,
-        eval_every=s.eval_every,
-        log_every=s.log_every,
-        checkpoint_every=s.checkpoint_every,
+        **lengths,
         run=run,
         target=None if s.stop_at is None else Target(s.stop_at),
         seconds_before=time.perf_counter() - began,
@@ -114,37 +140,38 @@ def _one(run: Run, trainer: Trainer, s: Settings, task_of: Callable, *, began: f
     if result.interrupted:
         print(f"stopped at step {result.step}")
         return None
-    trained = time.perf_counter()
-    leaves, model = trainer.flatten(result.state), trainer.model(result.state)
-    test, task = trainer.evaluate(leaves), trainer.task
-    summary: dict[str, Any] = {f"test_{name}": test[name] for name in ("accuracy", "loss") if name in test}
+    memory, trained = peak_memory(), time.perf_counter()
+    leaves, model, task = trainer.flatten(result.state), trainer.model(result.state), trainer.task
+    save(run.folder / "model.safetensors", model)
+    last = result.history[-1]
+    measure = "accuracy" if "test/accuracy" in last else "loss"
+    summary: dict[str, Any] = {f"test_{name}": last[f"test/{name}"] for name in dict.fromkeys((measure, "loss"))}
+    if measure == "accuracy":
+        first = trainer.evaluate(leaves, 500)["accuracy"] if task.num_test > 500 else last["test/accuracy"]
+        summary |= {"test_accuracy_first_500": first, "seconds_to_99": result.seconds_to(0.99)}
     if isinstance(task, AbstractTokenTask):
+        show(model, task)
         if task.answer_length > 1:
             summary["test_whole_answers"] = whole_answers(model, task, trainer.eval_batch_size)
-        show(model, task)
-    if "accuracy" in test:
-        summary["test_accuracy_first_500"] = trainer.evaluate(leaves, 500)["accuracy"]
-        summary["seconds_to_99"] = result.seconds_to(0.99)
     if s.test_lengths:
-        summary["test_lengths"] = {length: _at_length(trainer, leaves, task_of(s, length)) for length in s.test_lengths}
-    measure = "accuracy" if "accuracy" in test else "loss"
+        summary["test_lengths"] = {f"{n}": _at_length(trainer, leaves, task_of(s, n)) for n in s.test_lengths}
+    speed = result.steps_per_second or last["speed/steps_per_second"]  # of a run that was at its end
     summary |= {
         "curve": [
             (r["step"], round(r["seconds"], 1), r[f"test/{measure}"]) for r in result.history if "test/loss" in r
         ],
         "steps": result.step,
         "seconds": round(result.seconds + time.perf_counter() - trained, 2),
-        "steps_per_second": round(result.steps_per_second, 2),
-        "tokens_per_second": round(result.steps_per_second * trainer.tokens_per_step),
-        "peak_memory_MiB": round(peak_memory() / 2**20),
+        "steps_per_second": round(speed, 2),
+        "tokens_per_second": round(speed * trainer.tokens_per_step),
+        "peak_memory_MiB": None if memory is None else round(memory / 2**20),
         "parameters": trainer.num_parameters,
-        "commit": commit(Path(__file__)),
+        "commit": code,
         "versions": run.versions,
         "settings": run.settings,
     }
     draw(result.history, measure, run.folder / "curve.png")
-    save(run.folder / "model.safetensors", model)
-    (run.folder / RESULT).write_text(json.dumps(summary, indent=2) + "\n")
+    write(run.folder / RESULT, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -202,39 +229,49 @@ def draw(history: list[dict], measure: str, file: Path):
 
 def _summary(run: Run, results: list[dict]) -> dict:
     """Mean and deviation over the seeds, written beside their folders."""
-    summary = {}
-    for name in ("test_accuracy", "test_accuracy_first_500", "test_whole_answers", "test_loss", "seconds"):
-        values = [result[name] for result in results if name in result]
-        if values:
-            summary |= {name: statistics.mean(values), f"{name}_sd": statistics.stdev(values), f"{name}_seeds": values}
+
+    def over_seeds(values: list[float]) -> dict:
+        return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "seeds": values}
+
+    names = ("test_accuracy", "test_accuracy_first_500", "test_whole_answers", "test_loss", "seconds")
+    found = {name: over_seeds([result[name] for result in results]) for name in names if name in results[0]}
     lengths = results[0].get("test_lengths", {})
-    if lengths:
-        # Numbers are strings in a result that was read again.
-        by_name = [{str(length): found for length, found in result["test_lengths"].items()} for result in results]
-        summary["test_lengths"] = {n: statistics.mean(found[n] for found in by_name) for n in by_name[0]}
-    summary |= {name: results[-1][name] for name in ("commit", "versions")} | {"settings": run.settings}
-    (run.folder / RESULT).write_text(json.dumps(summary, indent=2) + "\n")
+    summary = {
+        **{name: of["mean"] for name, of in found.items()},
+        "over_seeds": found,
+        "test_lengths": {n: over_seeds([result["test_lengths"][n] for result in results]) for n in lengths},
+        "commit": results[-1]["commit"],
+        "versions": results[-1]["versions"],
+        "settings": run.settings,
+    }
+    write(run.folder / RESULT, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _ours(argv: list[str], results: list[dict]) -> Ours:
+def words(presets: Mapping[str, Settings], preset: str, s: Settings, seeds: int) -> list[str]:
+    """The shortest arguments that say these settings."""
+    found = [] if preset == next(iter(presets)) else [preset]
+    for field in dataclasses.fields(s):
+        value, name = getattr(s, field.name), field.name.replace("_", "-")
+        if value == getattr(presets[preset], field.name):
+            continue
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            found += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return [*found, *(["--seeds", f"{seeds}"] if seeds > 1 else [])]
+
+
+def _ours(arguments: list[str], results: list[dict]) -> Ours:
     """A line of the page for these results."""
     measure = "test_accuracy" if "test_accuracy" in results[0] else "test_loss"
-    script, *words = argv
-    places = {"--run", "--record"}
-    kept, skip = [], False
-    for word in words:
-        skip, drop = word in places, skip or word in places or word in ("--resume", "--overwrite")
-        if not drop:
-            kept.append(word)
-    versions = results[-1]["versions"]
     return Ours(
-        command=shlex.join(["python", f"experiments/{Path(script).name}", *kept]),
+        command=shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *arguments]),
         value=spread([result[measure] for result in results], percent=measure == "test_accuracy"),
         seeds=len(results),
         steps=f"{statistics.mean(result['steps'] for result in results):,.0f}",
         seconds=statistics.mean(result["seconds"] for result in results),
-        machine=machine(versions),
+        machine=machine(results[-1]["versions"]),
         commit=results[-1]["commit"] or "unknown",
         date=f"{datetime.date.today()}",
     )

@@ -72,8 +72,8 @@ PRESETS = {
     "20-10-published": PUBLISHED,
     "128-20": Settings(length=128, vocab_size=20, state_size=128, num_blocks=4, dt_min=1e-3, steps_per_dispatch=50),
     "2048-30": LONG,
-    "131k-30": dataclasses.replace(LONG, **FAR, steps=5000, warmup=100, eval_every=100, dt_min=1e-4),
-    "131k-40": dataclasses.replace(LONG, **FAR, steps=5000, warmup=100, eval_every=100, dt_min=1e-4, vocab_size=40),
+    "131k-30": dataclasses.replace(LONG, **FAR, steps=5000, warmup=100, eval_every=100),
+    "131k-40": dataclasses.replace(LONG, **FAR, steps=5000, warmup=100, eval_every=100, vocab_size=40),
 }
 for vocab_size in (30, 40):
     far = dataclasses.replace(PUBLISHED, **FAR, vocab_size=vocab_size, steps_per_dispatch=10)
@@ -84,7 +84,7 @@ for vocab_size in (30, 40):
 
 
 def task(s: Settings, length: int) -> AssocRecall:
-    return AssocRecall(s.vocab_size, length, s.key_length, s.allow_dot, **s.data)
+    return AssocRecall(s.vocab_size, length, key_length=s.key_length, allow_dot=s.allow_dot, **s.data)
 
 
 if __name__ == "__main__":

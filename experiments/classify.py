@@ -21,6 +21,7 @@ START = time.perf_counter()
 import dataclasses
 from typing import Literal
 
+import tyro
 from _models import Settings as Common
 from _training import main
 
@@ -29,6 +30,8 @@ from s5eqx.data.synthetics import AbstractSynthetic, ListOps, Pendulum
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Common):
+    chunk: tyro.conf.Suppress[None] = None
+    embed_dropout: tyro.conf.Suppress[float] = 0.0
     task: Literal["list-ops", "pendulum"] = "list-ops"
     """What is to be told of a sequence."""
     length: int = 32
@@ -90,6 +93,8 @@ PRESETS = {
 def task(s: Settings, length: int) -> AbstractSynthetic:
     if s.task == "list-ops":
         return ListOps(length, s.max_depth, s.max_args, **s.data)
+    if s.intervals and s.mixer not in ("s5", "bidirectional-s5"):
+        raise ValueError(f"only s5 and bidirectional-s5 take intervals, got {s.mixer}; add --no-intervals")
     return Pendulum(s.num_times, length, s.size, intervals=s.intervals, **s.data)
 
 

@@ -18,6 +18,7 @@ START = time.perf_counter()
 
 import dataclasses
 
+import tyro
 from _models import Settings as Common
 from _training import main
 
@@ -26,6 +27,8 @@ from s5eqx.data.synthetics import LinearFunctions
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Common):
+    chunk: tyro.conf.Suppress[None] = None
+    embed_dropout: tyro.conf.Suppress[float] = 0.0
     dimension: int = 3
     """Entries of x."""
     num_pairs: int = 20

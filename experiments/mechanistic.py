@@ -10,24 +10,29 @@
 
 After the Hyena paper's synthetics (arXiv 2302.10866, section 4.1), with induction heads and selective copying beside
 them. A cell is the accuracy on unseen examples; of linear functions it is the share of the variance that is explained.
-A cell ends early when it is solved, `stop_at`.
+A cell that has an accuracy ends early when it is solved, `stop_at`. One that comes to no end, because a loss is not
+finite or memory does not suffice, is a dash, and the others go on.
 
-Every finished cell is a file in the run's folder, `cells/`, and is not computed again; `grid.png` is the heat map and
-`grid.md` the table. The last line of standard output is all of it as JSON.
+Every finished cell is a file in the run's folder, `cells/`, and is not computed again; delete it to have it computed
+again. A cell of more than `checkpoint_every` steps has checkpoints, too. `grid.md` is the table so far and `grid.png`,
+at the end, the heat map. The last line of standard output is all of it as JSON.
 """
 
 import dataclasses
 import json
-import os
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+import jax
 import tyro
 from _command import Place, parse
 from _models import Mixer, trainer
 from _models import Settings as Common
+from _reproduce import PAGE, write
 
 from s5eqx.data.synthetics import (
     AbstractSynthetic,
@@ -39,13 +44,16 @@ from s5eqx.data.synthetics import (
     Majority,
     SelectiveCopying,
 )
-from s5eqx.train import Target, commit, fit, open_run, resume_command, versions
+from s5eqx.train import Target, Trainer, check_lengths, commit, fit, interruption, open_run, resume_command
 
 Task = Literal["recall", "induction", "majority", "counting", "copying", "addition", "linear"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Common):
+    mixer: tyro.conf.Suppress[Mixer] = "hyena-s5"
+    test_lengths: tyro.conf.Suppress[tuple[int, ...]] = ()
+    start: tyro.conf.Suppress[None] = None
     tasks: tuple[Task, ...] = get_args(Task)
     """Which tasks."""
     mixers: tuple[Mixer, ...] = ("hyena-s5", "hyena", "h3", "attention")
@@ -72,7 +80,7 @@ TINY = Settings(
     dt_min=1e-3,
     num_test=1000,
     lr=3e-3,
-    steps=1500,
+    steps=1000,
     warmup=100,
     stop_at=0.995,
     steps_per_dispatch=50,
@@ -105,23 +113,15 @@ PRESETS = {
 }
 
 
-def task(s: Settings, name: Task, size: int) -> AbstractSynthetic:
-    """A task at a length, or with so many digits."""
-    match name:
-        case "recall":
-            return AssocRecall(s.vocab_size, size, **s.data)
-        case "induction":
-            return InductionHeads(s.vocab_size, size, answer_only=True, **s.data)
-        case "majority":
-            return Majority(s.vocab_size, size, **s.data)
-        case "counting":
-            return Counting(s.vocab_size, size, **s.data)
-        case "copying":
-            return SelectiveCopying(s.vocab_size, size, **s.data)
-        case "addition":
-            return Addition(size, **s.data)
-        case "linear":
-            return LinearFunctions(s.dimension, size // 2, **s.data)
+TASKS: dict[Task, Callable[[Settings, int], AbstractSynthetic]] = {
+    "recall": lambda s, length: AssocRecall(s.vocab_size, length, **s.data),
+    "induction": lambda s, length: InductionHeads(s.vocab_size, length, answer_only=True, **s.data),
+    "majority": lambda s, length: Majority(s.vocab_size, length, **s.data),
+    "counting": lambda s, length: Counting(s.vocab_size, length, **s.data),
+    "copying": lambda s, length: SelectiveCopying(s.vocab_size, length, **s.data),
+    "addition": lambda s, digits: Addition(digits, **s.data),
+    "linear": lambda s, length: LinearFunctions(s.dimension, length // 2, **s.data),
+}
 
 
 def cells(s: Settings) -> list[tuple[Task, Mixer, int]]:
@@ -130,25 +130,48 @@ def cells(s: Settings) -> list[tuple[Task, Mixer, int]]:
     return [(name, mixer, size) for name in s.tasks for mixer in s.mixers for size in sizes(name)]
 
 
-def compute(s: Settings, name: Task, mixer: Mixer, size: int) -> dict | None:
-    """What training came to; nothing if someone interrupted."""
-    began = time.perf_counter()
-    of_cell = task(s, name, size)
-    trained = trainer(dataclasses.replace(s, mixer=mixer), of_cell, of_cell.sequence_length)
-    result = fit(
-        trained,
-        steps=s.steps,
-        eval_every=s.eval_every,
-        log_every=s.log_every,
-        checkpoint_every=s.steps,
-        target=None if s.stop_at is None else Target(s.stop_at),
-        progress=False,
-    )
+def build(s: Settings, name: Task, mixer: Mixer, size: int) -> Trainer:
+    """What trains a cell."""
+    of_cell = TASKS[name](s, size)
+    return trainer(dataclasses.replace(s, mixer=mixer), of_cell, of_cell.sequence_length)
+
+
+def compute(s: Settings, cell: tuple[Task, Mixer, int], folder: Path) -> dict | None:
+    """What training came to, or why to nothing; None if someone interrupted."""
+    began, run = time.perf_counter(), None
+    if s.checkpoint_every < s.steps:
+        run = open_run({"cell": cell}, folder=folder, resume=(folder / "settings.json").exists())
+    try:
+        result = fit(
+            build(s, *cell),
+            steps=s.steps,
+            eval_every=s.eval_every,
+            log_every=s.log_every,
+            checkpoint_every=s.checkpoint_every,
+            run=run,
+            target=None if s.stop_at is None else Target(s.stop_at),
+            progress=False,
+        )
+    except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        return {"value": None, "reason": str(error).splitlines()[0]}
     if result.interrupted:
         return None
-    test = trained.evaluate(trained.flatten(result.state))
-    value = test["accuracy"] if "accuracy" in test else max(0.0, 1 - test["loss"])
-    return {"value": value, "loss": test["loss"], "steps": result.step, "seconds": time.perf_counter() - began}
+    last = result.history[-1]
+    value = last["test/accuracy"] if "test/accuracy" in last else max(0.0, 1 - last["test/loss"])
+    return {"value": value, "loss": last["test/loss"], "steps": result.step, "seconds": time.perf_counter() - began}
+
+
+def shown(found: dict[tuple, dict], cell: tuple[str, str, int]) -> float:
+    """The value of a cell; NaN where there is none."""
+    value = found.get(cell, {}).get("value")
+    return math.nan if value is None else value
+
+
+def told(result: dict) -> str:
+    """A finished cell in words."""
+    if result["value"] is None:
+        return f"came to nothing, {result['reason']}"
+    return f"{100 * result['value']:.1f} after {result['steps']} steps, {result['seconds']:.0f} s"
 
 
 def table(s: Settings, found: dict[tuple, dict]) -> str:
@@ -156,8 +179,8 @@ def table(s: Settings, found: dict[tuple, dict]) -> str:
     columns = list(dict.fromkeys((name, size) for name, _, size in cells(s)))
     lines = [f"| mixer | {' | '.join(f'{name} {size}' for name, size in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for mixer in s.mixers:
-        values = [f"{100 * found[name, mixer, size]['value']:.1f}" for name, size in columns]
-        lines.append(f"| {mixer} | {' | '.join(values)} |")
+        values = [shown(found, (name, mixer, size)) for name, size in columns]
+        lines.append(f"| {mixer} | {' | '.join('-' if math.isnan(v) else f'{100 * v:.1f}' for v in values)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -180,10 +203,11 @@ def draw(s: Settings, found: dict[tuple, dict], files: list[Path]) -> None:
         layout="constrained",
     )
     for axes, (name, columns) in zip(panels[0], sizes.items(), strict=True):
-        values = np.array([[found[name, mixer, size]["value"] for size in columns] for mixer in s.mixers])
+        values = np.array([[shown(found, (name, mixer, size)) for size in columns] for mixer in s.mixers])
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+            text = "-" if math.isnan(value) else f"{100 * value:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color="w" if value < 0.6 else "k")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(columns)), [f"{size:,}" for size in columns])
         axes.set_yticks(range(len(s.mixers)), s.mixers if axes is panels[0, 0] else [""] * len(s.mixers))
@@ -199,45 +223,44 @@ def main(preset: str, s: Settings, where: Where):
         given = getattr(s, name)
         if not given or len(set(given)) < len(given):
             raise ValueError(f"{name} must be at least one, and each of them once, got {given}")
-    if where.plot is not None and not where.plot.absolute().parent.is_dir():
+    if where.plot is not None and (where.plot.is_dir() or not where.plot.absolute().parent.is_dir()):
         raise ValueError(f"plot must be a file in a folder that exists, got {where.plot}")
-    for name, mixer, size in cells(s):
+    lengths = {name: getattr(s, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
+    for name, mixer, size in cells(s):  # what cannot be is refused before anything is computed
+        TASKS[name](s, size)
         if mixer.startswith("bidirectional"):
             raise ValueError(f"the grid's tasks are causal, and mixers must be; got {mixer}")
-        task(s, name, size)  # refuses what cannot be, before anything is computed
-    settings = {"preset": preset, **dataclasses.asdict(s)}
+    for mixer in s.mixers:
+        check_lengths(build(s, s.tasks[0], mixer, cells(s)[0][2]), **lengths)
+    settings, code = {"preset": preset, **dataclasses.asdict(s)}, commit(Path(__file__), apart_from=[PAGE])
     run = open_run(settings, folder=where.run, stem=f"grid-{preset}", resume=where.resume, overwrite=where.overwrite)
     folder = run.folder / "cells"
     folder.mkdir(exist_ok=True)
     print(f"run in {run.folder}", flush=True)
     found: dict[tuple, dict] = {}
-    for cell in cells(s):
-        page = folder / f"{'-'.join(map(str, cell))}.json"
-        if page.exists():
+    with interruption() as asked:
+        for cell in cells(s):
+            page = folder / f"{'-'.join(map(str, cell))}.json"
+            if not page.exists():
+                result = None if asked else compute(s, cell, page.with_suffix(""))
+                if result is None:
+                    print(f"stopped with {len(found)} cells of {len(cells(s))}; continue with:")
+                    print(resume_command(run.folder, sys.argv))
+                    return
+                write(page, json.dumps(result) + "\n")
+                print(f"{' '.join(map(str, cell))}: {told(result)}", flush=True)
             found[cell] = json.loads(page.read_text())
-            continue
-        result = compute(s, *cell)
-        if result is None:
-            print(f"stopped with {len(found)} cells of {len(cells(s))}; continue with:")
-            print(resume_command(run.folder, sys.argv))
-            return
-        part = page.with_suffix(".part")
-        part.write_text(json.dumps(result) + "\n")
-        os.replace(part, page)
-        found[cell] = result
-        value, steps, seconds = result["value"], result["steps"], result["seconds"]
-        print(f"{' '.join(map(str, cell))}: {100 * value:.1f} after {steps} steps, {seconds:.0f} s", flush=True)
-    (run.folder / "grid.md").write_text(table(s, found))
+            write(run.folder / "grid.md", table(s, found))
     draw(s, found, [run.folder / "grid.png", *([] if where.plot is None else [where.plot])])
     print(table(s, found))
     summary = {
-        "cells": {" ".join(map(str, cell)): round(result["value"], 4) for cell, result in found.items()},
-        "seconds": round(sum(result["seconds"] for result in found.values())),
-        "commit": commit(Path(__file__)),
-        "versions": versions(),
+        "cells": {" ".join(map(str, cell)): result["value"] for cell, result in found.items()},
+        "seconds": round(sum(result.get("seconds", 0) for result in found.values())),
+        "commit": code,
+        "versions": run.versions,
         "settings": run.settings,
     }
-    (run.folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(run.folder / "result.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary))
 
 

@@ -14,6 +14,7 @@ from s5eqx.data.synthetics import LinearFunctions, ListOps
 from s5eqx.models import Classifier, Regressor, SequenceEncoder
 from s5eqx.nn import S5
 from s5eqx.train import fit, label, make_mesh, peak_memory, squared_error
+from s5eqx.train.feed import to_devices
 
 
 def encoder(inputs, key):
@@ -70,6 +71,30 @@ def test_the_score_of_series(key):
     assert np.isfinite(gradient).all() and not gradient[0, 1].any() and gradient[0, 0].any()
     twice = given + given
     assert float(twice.loss) == pytest.approx(float(given.loss)) and twice.accuracy is None
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_they_train_in_bfloat16(kind):
+    build, task, loss = TASKS[kind]
+    trainer = tiny.trainer(build, task=task, loss=loss, compute_dtype=jnp.bfloat16)
+    _, metrics = trainer.run(trainer.init())
+    assert metrics["loss"].dtype == jnp.float32 and np.isfinite(metrics["loss"]).all()
+
+
+def test_a_series_is_evaluated_in_double_precision(x64):
+    build, task, loss = TASKS["series"]
+    model = jax.jit(build)(jr.key(0))
+    assert loss(model, task.test(jnp.arange(3, dtype=jnp.int32))).loss.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_they_go_to_devices_from_the_host(kind, devices):
+    task = TASKS[kind][1]
+    indices = np.arange(8).reshape(2, 4)
+    given = to_devices(task.train, indices, make_mesh(2) if devices == 2 else None)
+    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(task.train(np.arange(8, dtype=np.int32))), strict=True):
+        np.testing.assert_allclose(a, np.asarray(b).reshape(2, 4, *b.shape[1:]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -1,5 +1,6 @@
 """The scripts of the synthetic tasks: several seeds, other lengths, the page of results, the grid."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -52,6 +53,20 @@ def test_the_page_keeps_what_others_wrote(reproduce, tmp_path):
     assert "1.00 %" not in changed.split("python x.py")[1] and "97.00 ± 1.00 %" in changed
     assert len(reproduce.read(page)) == 2 and changed.count("| `python") == len(reproduce.PUBLISHED) + 1
     assert reproduce.spread([0.5, 0.7], percent=True) == "60.00 ± 14.14 %"
+    other = tmp_path / "notes.md"
+    other.write_text("# Notes\n")
+    with pytest.raises(ValueError, match="a page that these scripts wrote, or a new file"):
+        reproduce.check_page(other)
+    reproduce.check_page(page)
+
+
+def test_the_line_of_a_page_is_the_shortest_command(reproduce):
+    """However the settings were given."""
+    training, recall = importlib.import_module("_training"), importlib.import_module("assoc_recall")
+    s = dataclasses.replace(recall.PRESETS["128-20"], vocab_size=30, allow_dot=True, test_lengths=(256, 512))
+    given = training.words(recall.PRESETS, "128-20", s, 3)
+    assert " ".join(given) == "128-20 --test-lengths 256 512 --vocab-size 30 --allow-dot --seeds 3"
+    assert training.words(recall.PRESETS, "20-10", recall.PRESETS["20-10"], 1) == []
 
 
 def test_the_page_of_the_project_is_what_the_scripts_write(reproduce, tmp_path):
@@ -89,11 +104,15 @@ def complaint(script, words, folder, monkeypatch):
         ("assoc_recall", "--seeds 0", "seeds must be at least 1, got 0"),
         ("assoc_recall", "--stop-at 99", "stop_at is an accuracy between 0 and 1, got 99"),
         ("assoc_recall", "--record nowhere/page.md", "record must be a file in a folder that exists"),
+        ("assoc_recall", "--steps 150", "steps must be a multiple of the trainer's steps_per_dispatch=100, got 150"),
+        ("assoc_recall", "--mixer attention --num-heads 3", "num_heads must divide width=64, got 3"),
         ("induction", "--vocab 3", "vocab_size must be at least 4, got 3"),
         ("induction", "--length 3 --copy-length 2", "length must be at least 4 tokens, got 3"),
         ("icl", "--num-pairs 0", "num_pairs must be at least 1"),
         ("classify", "--length 3", "max_length must be at least 4 tokens, got 3"),
         ("classify", "pendulum --length 101", "length must lie between 1 and num_times=100, got 101"),
+        ("classify", "pendulum --mixer h3", "only s5 and bidirectional-s5 take intervals, got h3; add --no-intervals"),
+        ("classify", "pendulum --stop-at 0.9", "of a task that has one; got 0.9"),
         ("mechanistic", "--lengths 16 16", "lengths must be at least one, and each of them once"),
         ("mechanistic", "--tasks counting --lengths 1", "length must be at least 2 tokens, got 1"),
         ("mechanistic", "--mixers bidirectional-s5", "mixers must be; got bidirectional-s5"),
@@ -114,10 +133,12 @@ def test_several_seeds_and_other_lengths(tmp_path):
     result = json.loads(output.splitlines()[-1])
     parts = [json.loads((tmp_path / f"here/seed{seed}/result.json").read_text()) for seed in (0, 1)]
     values = [part["test_accuracy"] for part in parts]
-    assert values[0] != values[1] and result["test_accuracy_seeds"] == values
+    assert result["over_seeds"]["test_accuracy"]["seeds"] == values
+    assert parts[0]["test_loss"] != parts[1]["test_loss"]
     assert result["test_accuracy"] == pytest.approx(np.mean(values))
-    assert result["test_accuracy_sd"] == pytest.approx(np.std(values, ddof=1))
-    assert result["test_lengths"]["16"] == pytest.approx(np.mean([part["test_lengths"]["16"] for part in parts]))
+    assert result["over_seeds"]["test_accuracy"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    longer = [part["test_lengths"]["16"] for part in parts]
+    assert result["test_lengths"]["16"]["mean"] == pytest.approx(np.mean(longer))
     assert parts[1]["settings"]["seed"] == 1 and parts[0]["peak_memory_MiB"] > 50
     line = next(line for line in (tmp_path / "page.md").read_text().splitlines() if "--test-lengths 16" in line)
     assert f"{100 * result['test_accuracy']:.2f} ± " in line and "--run" not in line and "| 2 | 100 |" in line
@@ -126,7 +147,7 @@ def test_several_seeds_and_other_lengths(tmp_path):
     before = os.stat(tmp_path / "here/seed0/result.json").st_mtime_ns
     code, output, errors = run(ROOT / "experiments/assoc_recall.py", *words, "--resume", folder=tmp_path)
     assert code == 0, errors
-    assert json.loads(output.splitlines()[-1])["test_accuracy_seeds"] == values
+    assert json.loads(output.splitlines()[-1])["over_seeds"]["test_accuracy"]["seeds"] == values
     assert os.stat(tmp_path / "here/seed0/result.json").st_mtime_ns == before
 
 

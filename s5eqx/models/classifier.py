@@ -137,7 +137,7 @@ class SequenceEncoder(eqx.Module):
     def _encode(self, x):
         if isinstance(self.encoder, eqx.nn.Embedding):
             return token_rows(self.encoder.weight, x)
-        return linear(self.encoder, x)
+        return linear(self.encoder, x.astype(self.encoder.weight.dtype))
 
 
 class Classifier(eqx.Module):

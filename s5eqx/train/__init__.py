@@ -2,6 +2,7 @@
 
 from s5eqx.train.checkpoint import Checkpoints as Checkpoints
 from s5eqx.train.log import Logger as Logger
+from s5eqx.train.loop import check_lengths as check_lengths
 from s5eqx.train.loop import fit as fit
 from s5eqx.train.loss import Score as Score
 from s5eqx.train.loss import label as label

@@ -63,16 +63,7 @@ def fit(
     - `seconds_before`: time to count as training before the call, such as that since the process started.
     """
     stride, split = trainer.steps_per_dispatch, trainer.task.split
-    lengths = {
-        "steps": steps,
-        "eval_every": eval_every,
-        "log_every": log_every,
-        "checkpoint_every": checkpoint_every,
-    }
-    for name, length in lengths.items():
-        if length < 1 or length % stride:
-            raise ValueError(f"{name} must be a multiple of the trainer's steps_per_dispatch={stride}, got {length}")
-
+    check_lengths(trainer, steps=steps, eval_every=eval_every, log_every=log_every, checkpoint_every=checkpoint_every)
     with contextlib.ExitStack() as stack:
         traced = stack.enter_context(Profile(None if run is None else run.folder, profile))
         files = stack.enter_context(Files(run, keep=keep))
@@ -98,7 +89,8 @@ def fit(
         def write(values: Mapping[str, float | str]):
             radius, _ = signs(leaves)
             numbers = {} if radius is None else {"model/max_abs_Lambda_bar": float(radius)}
-            numbers["memory/peak_MiB"] = peak_memory() / 2**20
+            if (memory := peak_memory()) is not None:
+                numbers["memory/peak_MiB"] = memory / 2**20
             numbers |= {name: float(value) for name, value in values.items() if not isinstance(value, str)}
             texts = {name: value for name, value in values.items() if isinstance(value, str)}
             files.log(step, diary.write(step, time.perf_counter() - began, numbers), texts)
@@ -153,6 +145,14 @@ def fit(
             interrupted=stop and not done(),
             split=split,
         )
+
+
+def check_lengths(trainer: Trainer, **lengths: int) -> None:
+    """Refuses lengths in steps that `fit` would refuse, for who would rather know before a run has a folder."""
+    stride = trainer.steps_per_dispatch
+    for name, length in lengths.items():
+        if length < 1 or length % stride:
+            raise ValueError(f"{name} must be a multiple of the trainer's steps_per_dispatch={stride}, got {length}")
 
 
 def _signs(model: eqx.Module):

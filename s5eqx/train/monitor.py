@@ -1,6 +1,5 @@
 """Numbers that tell how a model is doing, computed when they are logged."""
 
-import resource
 import sys
 
 import equinox as eqx
@@ -30,11 +29,18 @@ def all_finite(model: eqx.Module) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
 
 
-def peak_memory() -> int:
-    """The most bytes that a device of this process has held at once. A CPU holds all that the process does."""
+def peak_memory() -> int | None:
+    """The most bytes that a device of this process has held at once; a CPU holds all that the process does.
+
+    `None` where the system does not say.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [held["peak_bytes_in_use"] for held in stats if "peak_bytes_in_use" in held]
     if peaks:
         return max(peaks)
+    if sys.platform == "win32":
+        return None
+    import resource  # which Windows lacks
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

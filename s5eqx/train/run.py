@@ -88,8 +88,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "device": f"{device.platform} {device.device_kind}"}
 
 
-def commit(file: Path) -> str | None:
-    """The git commit of the tree that `file` belongs to, marked if changed; `None` if it is not tracked."""
+def commit(file: Path, *, apart_from: Sequence[str] = ()) -> str | None:
+    """The git commit of the tree that `file` belongs to, marked if changed; `None` if it is not tracked.
+
+    Changes of the files `apart_from`, relative to the folder of `file`, do not count.
+    """
 
     def git(*words: str) -> str:
         words = ("git", "-C", str(Path(file).absolute().parent), *words)
@@ -97,7 +100,8 @@ def commit(file: Path) -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", Path(file).name)
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        others = [f":(exclude){name}" for name in apart_from]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "assoc_recall.py"
-WAYS = {"s5eqx": None, "s5eqx, in pieces": "chunk", "as written": "written"}
+WAYS = ("s5eqx", "s5eqx, in pieces", "as written")
 
 
 def settings(s):
@@ -51,10 +51,11 @@ def measure(s, way):
     from s5eqx.train import WarmupCosine, peak_memory
 
     steps = 2 if s.dry else 10
-    recall = dataclasses.replace(recall, steps_per_dispatch=steps, chunk=recall.chunk if WAYS[way] == "chunk" else None)
+    chunk = recall.chunk if way == "s5eqx, in pieces" else None
+    recall = dataclasses.replace(recall, steps_per_dispatch=steps, chunk=chunk)
     data = task(recall, recall.length)
     ours = trainer(recall, data, data.sequence_length)
-    if WAYS[way] == "written":
+    if way == "as written":
         weights = _as_written.weights(ours.unflatten(ours.init()).model)
         schedule = WarmupCosine(recall.steps, recall.warmup)(recall.lr)
         options = {"weight_decay": recall.weight_decay, "batch_size": recall.batch_size, "steps": steps}
@@ -107,6 +108,8 @@ def steps(s):
             f"{row['peak'] / 2**30:.2f} | {row['loss']:.5f} |"
         )
     losses = [row["loss"] for row in found.values() if "loss" in row]
+    if not losses:
+        sys.exit("no way to a step fits into this device's memory")
     if max(losses) - min(losses) > 1e-3 * max(losses):
         sys.exit(f"the ways must train alike, but their losses are {losses}")
     device = next(row["device"] for row in found.values() if "device" in row)
@@ -125,9 +128,9 @@ def train(s, until):
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # it saves, and says how to continue
         process.communicate()
-    if process.returncode:
+    if process.returncode not in (0, -signal.SIGTERM):  # or it was asked before it could listen
         sys.exit(f"the training ended with {process.returncode}")
-    checkpoints = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+    checkpoints = [path for path in folder.glob("checkpoints/*") if path.name.isdigit()]
     done = max((int(path.name) for path in checkpoints), default=0)
     newest = folder / "checkpoints" / str(done)
     size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / 2**20

@@ -161,15 +161,11 @@ class AbstractSynthetic(AbstractTask):
         return numbers.astype(np.int32), HashSet(pairs.astype(np.uint32))
 
 
-class AbstractTokenTask(AbstractSynthetic):
-    """A generated task whose examples are sequences of tokens that end in an answer, the last targets."""
-
-    batch: ClassVar[type[AbstractBatch]] = Batch
+class AbstractWords(AbstractSynthetic):
+    """A generated task whose inputs are tokens that can be read."""
 
     vocab_size: int
     """V, the number of tokens."""
-    answer_length: int
-    """How many targets, the last ones, are the answer."""
 
     @property
     @abc.abstractmethod
@@ -181,17 +177,24 @@ class AbstractTokenTask(AbstractSynthetic):
         vocabulary = self.vocabulary
         return [vocabulary[int(i)] for i in ids]
 
+
+class AbstractTokenTask(AbstractWords):
+    """A generated task whose examples are sequences of tokens that end in an answer, the last targets."""
+
+    batch: ClassVar[type[AbstractBatch]] = Batch
+
+    answer_length: int
+    """How many targets, the last ones, are the answer."""
+
     def asked(self) -> Bool[np.ndarray, " L"]:
         return np.arange(self.sequence_length) >= self.sequence_length - self.answer_length
 
 
-class AbstractLabelTask(AbstractSynthetic):
+class AbstractLabelTask(AbstractWords):
     """A generated task whose examples are sequences of tokens, padded to one length, and their classes."""
 
     batch: ClassVar[type[AbstractBatch]] = LabelledBatch
 
-    vocab_size: int
-    """V, the number of tokens."""
     num_classes: int
 
 

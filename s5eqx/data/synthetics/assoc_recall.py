@@ -47,6 +47,7 @@ class AssocRecall(AbstractTokenTask):
 
     vocab_size: int = 10
     length: int = 20
+    _: dataclasses.KW_ONLY
     key_length: int = 1
     allow_dot: bool = False
     answer_only: bool = False

@@ -1,7 +1,6 @@
 """ListOps: the value of a nested expression of list operators."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +88,7 @@ class ListOps(AbstractLabelTask):
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """The tokens in the order of their ids."""
         return (".", *"0123456789", *OPERATORS, "]")
-
-    def decode(self, ids: Int[Array | np.ndarray, " L"] | Sequence[int]) -> list[str]:
-        """Ids to tokens, for reading."""
-        vocabulary = self.vocabulary
-        return [vocabulary[int(i)] for i in ids]
 
     def draw(self, key: PRNGKeyArray) -> dict[str, Array]:
         L, D = self.max_length, self.max_depth

@@ -83,7 +83,7 @@ def test_they_train_in_bfloat16(kind):
 
 def test_a_series_is_evaluated_in_double_precision(x64):
     build, task, loss = TASKS["series"]
-    model = jax.jit(build)(jr.key(0))
+    model = quick_jit(build)(jr.key(0))
     assert loss(model, task.test(jnp.arange(3, dtype=jnp.int32))).loss.dtype == jnp.float64
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import shlex
 import statistics
@@ -65,29 +66,29 @@ def main(
     - `description`: for `--help`.
     - `began`: `time.perf_counter()` when the process started.
     """
-    preset, settings, where = parse(presets, Where(), description, sys.argv)
+    preset, s, where = parse(presets, Where(), description, sys.argv)
     try:
-        _train(presets, preset, settings, where, task_of, getattr(settings, size), began=began)
+        if where.record is not None:
+            check_page(where.record)
+        found = _train(preset, s, where, task_of, getattr(s, size), began=began)
+        if found is not None:
+            run, results = found
+            print(json.dumps(_summary(run, results) if len(results) > 1 else results[0]))
+            if where.record is not None:
+                record(where.record, _ours(words(presets, preset, s, where.seeds), results))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 
 def _train(
-    presets: Mapping[str, Settings],
-    preset: str,
-    s: Settings,
-    where: Where,
-    task_of: Callable,
-    length: int,
-    *,
-    began: float,
-) -> None:
+    preset: str, s: Settings, where: Where, task_of: Callable, length: int, *, began: float
+) -> tuple[Run, list[dict]] | None:
+    """The run and the result of each seed, or nothing if someone interrupted."""
     if where.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {where.seeds}")
-    if where.record is not None:
-        check_page(where.record)
     longest = max(task_of(s, n).sequence_length for n in (length, *s.test_lengths))
 
+    @functools.cache
     def built(s: Settings) -> Trainer:
         return trainer(s, task_of(s, length), longest)
 
@@ -117,12 +118,10 @@ def _train(
             result = None if asked else _one(run, built(of_seed), of_seed, task_of, lengths, code, began=began)
             if result is None:
                 print(f"continue with:\n{resume_command(whole.folder, sys.argv)}")
-                return
+                return None
             results.append(result)
             began = time.perf_counter()
-    print(json.dumps(_summary(whole, results) if several else results[0]))
-    if where.record is not None:
-        record(where.record, _ours(words(presets, preset, s, where.seeds), results))
+    return whole, results
 
 
 def _one(

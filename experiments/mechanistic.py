@@ -58,7 +58,7 @@ class Settings(Common):
     """Which tasks."""
     mixers: tuple[Mixer, ...] = ("hyena-s5", "hyena", "h3", "attention")
     """Which mixers."""
-    lengths: tuple[int, ...] = (16, 64)
+    lengths: tuple[int, ...] = (16, 32)
     """Tokens of a sequence, about: what is asked comes on top. Of linear functions there are half as many pairs."""
     digits: tuple[int, ...] = (2, 3)
     """Digits of the numbers to be added, in place of lengths."""

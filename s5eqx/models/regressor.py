@@ -5,8 +5,8 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
 from s5eqx.models._head import dense, wide
-from s5eqx.models.classifier import SequenceEncoder
 from s5eqx.models.init import AbstractInit, DefaultInit
+from s5eqx.models.sequence_encoder import SequenceEncoder
 
 
 class Regressor(eqx.Module):

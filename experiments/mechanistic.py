@@ -14,16 +14,18 @@ A cell that has an accuracy ends early when it is solved, `stop_at`. One that co
 finite or memory does not suffice, is a dash, and the others go on.
 
 Every finished cell is a file in the run's folder, `cells/`, and is not computed again; delete it to have it computed
-again. A cell of more than `checkpoint_every` steps has checkpoints, too. `grid.md` is the table so far and `grid.png`,
-at the end, the heat map. The last line of standard output is all of it as JSON.
+again. A cell of more than `checkpoint_every` steps has checkpoints, too. `grid.png` is the heat map and `grid.md` the
+table, of all that is there when the script ends. The last line of standard output is all of it as JSON.
 """
 
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -72,6 +74,8 @@ class Settings(Common):
 class Where(Place):
     plot: Path | None = None
     """Draw the heat map into this file too."""
+    jobs: int | None = None
+    """Processes that share the cells; None for one a core, at most 4, or for one where there is an accelerator."""
 
 
 TINY = Settings(
@@ -218,6 +222,43 @@ def draw(s: Settings, found: dict[tuple, dict], files: list[Path]) -> None:
     plt.close(figure)
 
 
+def page_of(folder: Path, cell: tuple[Task, Mixer, int]) -> Path:
+    """The file of a finished cell."""
+    return folder / f"{'-'.join(map(str, cell))}.json"
+
+
+def work(s: Settings, share: list[tuple[Task, Mixer, int]], folder: Path) -> None:
+    """Computes those cells of the share that are not there yet, until someone interrupts."""
+    with interruption() as asked:
+        for cell in share:
+            page = page_of(folder, cell)
+            if page.exists():
+                continue
+            result = None if asked else compute(s, cell, page.with_suffix(""))
+            if result is None:
+                return
+            write(page, json.dumps(result) + "\n")
+            print(f"{' '.join(map(str, cell))}: {told(result)}", flush=True)
+
+
+def work_together(s: Settings, folder: Path, jobs: int) -> None:
+    """`work` in so many processes, each with its part of the cells."""
+    processes = get_context("spawn").Process
+    workers = [processes(target=work, args=(s, cells(s)[i::jobs], folder)) for i in range(jobs)]
+    with interruption() as asked:
+        for worker in workers:
+            worker.start()
+        told_to_stop = False
+        while any(worker.is_alive() for worker in workers):
+            if asked and not told_to_stop:
+                told_to_stop = True
+                for worker in workers:
+                    worker.terminate()
+            time.sleep(0.2)
+    if not asked and any(worker.exitcode for worker in workers):
+        raise OSError("a process ended before its cells; what it says is above, and finished cells are kept")
+
+
 def main(preset: str, s: Settings, where: Where):
     for name in ("tasks", "mixers", "lengths", "digits"):
         given = getattr(s, name)
@@ -225,6 +266,11 @@ def main(preset: str, s: Settings, where: Where):
             raise ValueError(f"{name} must be at least one, and each of them once, got {given}")
     if where.plot is not None and (where.plot.is_dir() or not where.plot.absolute().parent.is_dir()):
         raise ValueError(f"plot must be a file in a folder that exists, got {where.plot}")
+    jobs = where.jobs
+    if jobs is None:
+        jobs = min(4, len(cells(s)), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     lengths = {name: getattr(s, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
     for name, mixer, size in cells(s):  # what cannot be is refused before anything is computed
         TASKS[name](s, size)
@@ -234,28 +280,25 @@ def main(preset: str, s: Settings, where: Where):
         check_lengths(build(s, s.tasks[0], mixer, cells(s)[0][2]), **lengths)
     settings, code = {"preset": preset, **dataclasses.asdict(s)}, commit(Path(__file__), apart_from=[PAGE])
     run = open_run(settings, folder=where.run, stem=f"grid-{preset}", resume=where.resume, overwrite=where.overwrite)
-    folder = run.folder / "cells"
+    folder, began = run.folder / "cells", time.perf_counter()
     folder.mkdir(exist_ok=True)
     print(f"run in {run.folder}", flush=True)
-    found: dict[tuple, dict] = {}
-    with interruption() as asked:
-        for cell in cells(s):
-            page = folder / f"{'-'.join(map(str, cell))}.json"
-            if not page.exists():
-                result = None if asked else compute(s, cell, page.with_suffix(""))
-                if result is None:
-                    print(f"stopped with {len(found)} cells of {len(cells(s))}; continue with:")
-                    print(resume_command(run.folder, sys.argv))
-                    return
-                write(page, json.dumps(result) + "\n")
-                print(f"{' '.join(map(str, cell))}: {told(result)}", flush=True)
-            found[cell] = json.loads(page.read_text())
-            write(run.folder / "grid.md", table(s, found))
+    if jobs == 1:
+        work(s, cells(s), folder)
+    else:
+        work_together(s, folder, jobs)
+    pages = {cell: page_of(folder, cell) for cell in cells(s)}
+    found = {cell: json.loads(page.read_text()) for cell, page in pages.items() if page.exists()}
+    write(run.folder / "grid.md", table(s, found))
     draw(s, found, [run.folder / "grid.png", *([] if where.plot is None else [where.plot])])
+    if len(found) < len(pages):
+        print(f"stopped with {len(found)} cells of {len(pages)}; continue with:")
+        print(resume_command(run.folder, sys.argv))
+        return
     print(table(s, found))
     summary = {
         "cells": {" ".join(map(str, cell)): result["value"] for cell, result in found.items()},
-        "seconds": round(sum(result.get("seconds", 0) for result in found.values())),
+        "seconds": round(time.perf_counter() - began),
         "commit": code,
         "versions": run.versions,
         "settings": run.settings,

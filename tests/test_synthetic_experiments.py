@@ -117,6 +117,7 @@ def complaint(script, words, folder, monkeypatch):
         ("mechanistic", "--tasks counting --lengths 1", "length must be at least 2 tokens, got 1"),
         ("mechanistic", "--mixers bidirectional-s5", "mixers must be; got bidirectional-s5"),
         ("mechanistic", "--digits 1", "only 100 different examples"),
+        ("mechanistic", "--jobs 0", "jobs must be at least 1, got 0"),
         ("mechanistic", "--resume", "name its folder"),
     ],
 )
@@ -187,18 +188,19 @@ GRID = [*TINY, *shlex.split("--tasks recall linear --mixers hyena-s5 attention -
 
 
 @pytest.mark.slow
-def test_the_grid_goes_on_where_it_was_stopped(tmp_path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_grid_goes_on_where_it_was_stopped(jobs, tmp_path):
     """Killed in its second cell; changed settings are refused; what is done is kept, and the heat map is drawn."""
-    script, words = ROOT / "experiments/mechanistic.py", [*GRID, "--steps", 300, "--run", "here"]
+    script, words = ROOT / "experiments/mechanistic.py", [*GRID, "--steps", 300, "--run", "here", "--jobs", jobs]
     process = start(script, *words, folder=tmp_path, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "here/cells").glob("*.json")) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and re.search(r"stopped with \d cells of 4", output)
     assert shlex.split(output.splitlines()[-1])[-1] == "--resume"
     done = {page.name: os.stat(page).st_mtime_ns for page in (tmp_path / "here/cells").glob("*.json")}
-    assert done and len(done) < 4
+    assert done and len(done) < 4 and "| - |" in (tmp_path / "here/grid.md").read_text()
 
     code, _, errors = run(script, *GRID, "--steps", 350, "--run", "here", "--resume", folder=tmp_path)
     assert code == 1 and "steps was 300 and is now 350" in errors and "Traceback" not in errors
@@ -210,6 +212,16 @@ def test_the_grid_goes_on_where_it_was_stopped(tmp_path):
     assert all(os.stat(tmp_path / "here/cells" / name).st_mtime_ns == then for name, then in done.items())
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "here/grid.md").read_text().startswith("| mixer | recall 8 | linear 8 |\n")
+
+
+@pytest.mark.slow
+def test_a_cell_that_diverges_is_a_dash(tmp_path):
+    """The others are computed all the same."""
+    words = [*GRID, "--tasks", "recall", "--steps", 100, "--lr", 1e30, "--run", "here", "--jobs", 1]
+    code, output, errors = run(ROOT / "experiments/mechanistic.py", *words, folder=tmp_path)
+    assert code == 0, errors
+    assert output.count("came to nothing, loss and gradient must stay finite") == 2
+    assert json.loads(output.splitlines()[-1])["cells"] == {"recall hyena-s5 8": None, "recall attention 8": None}
 
 
 @pytest.mark.slow

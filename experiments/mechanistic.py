@@ -241,10 +241,18 @@ def work(s: Settings, share: list[tuple[Task, Mixer, int]], folder: Path) -> Non
             print(f"{' '.join(map(str, cell))}: {told(result)}", flush=True)
 
 
+def work_on(cores: list[int], s: Settings, share: list[tuple[Task, Mixer, int]], folder: Path) -> None:
+    """`work` on these cores alone: threads of several processes on one core wait for each other."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    work(s, share, folder)
+
+
 def work_together(s: Settings, folder: Path, jobs: int) -> None:
-    """`work` in so many processes, each with its part of the cells."""
-    processes = get_context("spawn").Process
-    workers = [processes(target=work, args=(s, cells(s)[i::jobs], folder)) for i in range(jobs)]
+    """`work` in so many processes, each with its part of the cells and of the cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    parts = [(cores[i::jobs], s, cells(s)[i::jobs], folder) for i in range(jobs)]
+    workers = [get_context("spawn").Process(target=work_on, args=part) for part in parts]
     with interruption() as asked:
         for worker in workers:
             worker.start()

@@ -160,8 +160,14 @@ def test_several_seeds_and_other_lengths(tmp_path):
 @pytest.mark.parametrize(
     "script, words, kind, measure, bound",
     [
-        ("induction", "--vocab 4 --length 4 --num-test 10 --copy-length 2 --steps 200", None, "test_accuracy", 0.6),
-        ("icl", "--dimension 1 --num-pairs 4 --num-test 100 --steps 200", Regressor, "test_loss", 0.5),
+        (
+            "induction",
+            "--vocab 6 --length 6 --num-test 20 --copy-length 2 --steps 250 --lr 1e-2",
+            None,
+            "test_accuracy",
+            0.6,
+        ),
+        ("icl", "--dimension 1 --num-pairs 4 --num-test 100 --steps 250 --lr 1e-2", Regressor, "test_loss", 0.5),
         ("classify", "--length 6 --max-depth 1 --num-test 100 --steps 300", Classifier, "test_accuracy", 0.3),
         ("classify", "pendulum --length 8 --num-times 16 --num-test 50 --steps 100", Regressor, "test_loss", 0.4),
         (

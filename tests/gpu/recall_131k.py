@@ -31,8 +31,8 @@ def settings(s):
     from _training import Where
     from assoc_recall import PRESETS
 
-    small = "--length 4096 --batch-size 2 --chunk 1024 --num-test 16 --eval-batch-size 4 --steps 30 --eval-every 10"
-    small += " --checkpoint-every 10 --warmup 5"
+    small = f"--length {s.length} --batch-size 2 --chunk {s.length // 4} --num-test 16 --eval-batch-size 4 --steps 30"
+    small += " --eval-every 10 --checkpoint-every 10 --warmup 5"
     words = ["131k-30", *(small.split() if s.dry else [])]
     return words, parse(PRESETS, Where(), None, [str(SCRIPT), *words])[1]
 
@@ -80,7 +80,7 @@ def measure(s, way):
 
 
 def in_its_own_process(s, way):
-    words = [sys.executable, __file__, "--way", way, *(["--dry"] if s.dry else [])]
+    words = [sys.executable, __file__, "--way", way, *(["--dry", "--length", f"{s.length}"] if s.dry else [])]
     done = subprocess.run(
         words, capture_output=True, text=True, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     )
@@ -153,11 +153,14 @@ def main():
     parser.add_argument("--run", type=Path, default=Path("recall_131k"), help="the training's folder")
     parser.add_argument("--seconds", type=float, default=400, help="time for all of it")
     parser.add_argument("--dry", action="store_true", help="L=4,096 and few steps, on whatever device there is")
+    parser.add_argument("--length", type=int, default=4096, help="tokens in a dry run")
     parser.add_argument("--way", choices=WAYS, help="measure one way in this process and print JSON")
     s = parser.parse_args()
     if s.way:
         measure(s, s.way)
         return
+    if s.length < 16:
+        sys.exit(f"error: length must be at least 16, got {s.length}")
     if s.seconds <= 0:
         sys.exit(f"error: seconds must be positive, got {s.seconds}")
     until = time.monotonic() + s.seconds

@@ -32,7 +32,9 @@ PUBLISHED = {
     f"{RECALL} 131k-40-published": "",
     f"{RECALL} 2048-30": f"Hyena 85 %, Transformer 82 % ({HYENA})",
     f"{RECALL} 2048-30 --mixer hyena": f"Hyena 85 % ({HYENA})",
-    f"{RECALL} --test-lengths 40 80 160 320 --seeds 3": f"H3 99.8 %, attention 100 %, S4D 86.0 %, of 5,000 examples ({H3})",
+    f"{RECALL} --test-lengths 40 80 160 320 --seeds 3": (
+        f"H3 99.8 %, attention 100 %, S4D 86.0 %, of 5,000 examples ({H3})"
+    ),
     f"{RECALL} 128-20": "",
     "python experiments/induction.py --seeds 3": f"H3 100 %, attention 100 %, S4D 35.6 %, of 5,000 examples ({H3})",
     "python experiments/induction.py --mixer h3": f"H3 100 % ({H3})",

@@ -208,7 +208,8 @@ LISTS = [case for case in PUBLISHED if "ids" in PUBLISHED[case]]
 def task_of(config):
     sizes = config["vocab_size"], config["input_seq_len"]
     if config["copy_method"] == "assoc_recall":
-        return AssocRecall(*sizes, config.get("num_keys", 1), config.get("allow_dot", False), num_test=1)
+        options = {"key_length": config.get("num_keys", 1), "allow_dot": config.get("allow_dot", False)}
+        return AssocRecall(*sizes, **options, num_test=1)
     return InductionHeads(*sizes, config.get("induction_len", 1), config.get("induction_num_triggers", 1), num_test=1)
 
 

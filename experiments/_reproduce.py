@@ -57,11 +57,10 @@ class Ours:
     commit: str
     date: str
 
-    def cells(self, published: str) -> tuple[str, ...]:
-        """The columns of its line."""
+    def cells(self) -> tuple[str, ...]:
+        """The columns of its line, from `ours` on."""
         commit = self.commit[:7] + ("-dirty" if self.commit.endswith("-dirty") else "")
-        given = self.value, f"{self.seeds}", self.steps, f"{self.seconds:,.0f}", self.machine, commit, self.date
-        return (f"`{self.command}`", published, *given)
+        return self.value, f"{self.seeds}", self.steps, f"{self.seconds:,.0f}", self.machine, commit, self.date
 
 
 def spread(values: list[float], *, percent: bool) -> str:
@@ -88,10 +87,10 @@ def check_page(page: Path) -> None:
 def record(page: Path, ours: Ours) -> None:
     """Writes the line of a command into the page, and leaves those of others as they are."""
     lines = read(page)
-    lines[ours.command] = ours.cells(PUBLISHED.get(ours.command, ""))
+    lines[ours.command] = ours.cells()
     empty = ("",) * (len(COLUMNS) - 2)
     order = [*PUBLISHED, *(command for command in lines if command not in PUBLISHED)]
-    rows = [lines.get(command, (f"`{command}`", PUBLISHED.get(command, ""), *empty)) for command in order]
+    rows = [(f"`{command}`", PUBLISHED.get(command, ""), *lines.get(command, empty)) for command in order]
     table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     write(page, HEAD + "".join(f"| {' | '.join(row)} |\n" for row in table))
 
@@ -104,7 +103,7 @@ def write(file: Path, text: str) -> None:
 
 
 def read(page: Path) -> dict[str, tuple[str, ...]]:
-    """The lines of a page that have a number of ours, by their commands."""
+    """The lines of a page that have a number of ours, from that column on, by their commands."""
     if not page.exists():
         return {}
     found = {}
@@ -112,5 +111,5 @@ def read(page: Path) -> dict[str, tuple[str, ...]]:
         cells = tuple(cell.strip() for cell in line.strip("|").split("|"))
         command = re.fullmatch(r"`(.*)`", cells[0])
         if command and len(cells) == len(COLUMNS) and cells[2]:
-            found[command[1]] = cells
+            found[command[1]] = cells[2:]
     return found

@@ -77,7 +77,7 @@ def test_the_page_of_the_project_is_what_the_scripts_write(reproduce, tmp_path):
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text())
     command, cells = next(iter(found.items()))
-    same = reproduce.Ours(command, cells[2], cells[3], cells[4], float(cells[5].replace(",", "")), *cells[6:])
+    same = reproduce.Ours(command, cells[0], cells[1], cells[2], float(cells[3].replace(",", "")), *cells[4:])
     reproduce.record(copy, same)
     assert copy.read_text() == page.read_text()
 

@@ -20,6 +20,7 @@ from s5eqx.train import (
     DefaultGroups,
     PublishedCosine,
     PublishedGroups,
+    Target,
     Trainer,
     WarmupCosine,
     label,
@@ -115,6 +116,16 @@ class TrainSettings:
     def data(self) -> dict[str, Any]:
         """What every synthetic task takes."""
         return {"seed": self.seed, "num_examples": self.num_examples, "num_test": self.num_test}
+
+    @property
+    def pace(self) -> dict[str, int]:
+        """How long `fit` trains, and when it looks up."""
+        return {name: getattr(self, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
+
+    @property
+    def target(self) -> Target | None:
+        """When `fit` may stop early."""
+        return None if self.stop_at is None else Target(self.stop_at)
 
 
 @dataclasses.dataclass(frozen=True)

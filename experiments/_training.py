@@ -25,7 +25,6 @@ from s5eqx.data.synthetics import AbstractSynthetic, AbstractTokenTask
 from s5eqx.interop import save
 from s5eqx.train import (
     Run,
-    Target,
     Trainer,
     check_lengths,
     commit,
@@ -92,8 +91,7 @@ def _train(
     def built(s: Settings) -> Trainer:
         return trainer(s, task_of(s, length), longest)
 
-    lengths = {name: getattr(s, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
-    check_lengths(built(s), **lengths)  # and all that the model refuses, before there is a folder
+    check_lengths(built(s), **s.pace)  # and all that the model refuses, before there is a folder
     if s.stop_at is not None and (issubclass(task_of(s, length).batch, SeriesBatch) or not 0 < s.stop_at <= 1):
         raise ValueError(f"stop_at is an accuracy between 0 and 1, of a task that has one; got {s.stop_at}")
     settings, several = {"preset": preset, **dataclasses.asdict(s)}, where.seeds > 1
@@ -115,7 +113,7 @@ def _train(
                     results.append(json.loads((folder / RESULT).read_text()))
                     continue
                 run = open_run(settings | {"seed": seed}, folder=folder, resume=(folder / "settings.json").exists())
-            result = None if asked else _one(run, built(of_seed), of_seed, task_of, lengths, code, began=began)
+            result = None if asked else _one(run, built(of_seed), of_seed, task_of, code, began=began)
             if result is None:
                 print(f"continue with:\n{resume_command(whole.folder, sys.argv)}")
                 return None
@@ -124,16 +122,14 @@ def _train(
     return whole, results
 
 
-def _one(
-    run: Run, trainer: Trainer, s: Settings, task_of: Callable, lengths: dict, code: str | None, *, began: float
-) -> dict | None:
+def _one(run: Run, trainer: Trainer, s: Settings, task_of: Callable, code: str | None, *, began: float) -> dict | None:
     """Trains with one seed; the result, which is in the run's folder too, or nothing if someone interrupted."""
     print(f"run in {run.folder}, curves with: tensorboard --logdir {run.folder}", flush=True)
     result = fit(
         trainer,
-        **lengths,
+        **s.pace,
         run=run,
-        target=None if s.stop_at is None else Target(s.stop_at),
+        target=s.target,
         seconds_before=time.perf_counter() - began,
     )
     if result.interrupted:

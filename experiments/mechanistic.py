@@ -46,7 +46,7 @@ from s5eqx.data.synthetics import (
     Majority,
     SelectiveCopying,
 )
-from s5eqx.train import Target, Trainer, check_lengths, commit, fit, interruption, open_run, resume_command
+from s5eqx.train import Trainer, check_lengths, commit, fit, interruption, open_run, resume_command
 
 Task = Literal["recall", "induction", "majority", "counting", "copying", "addition", "linear"]
 
@@ -148,12 +148,9 @@ def compute(s: Settings, cell: tuple[Task, Mixer, int], folder: Path) -> dict | 
     try:
         result = fit(
             build(s, *cell),
-            steps=s.steps,
-            eval_every=s.eval_every,
-            log_every=s.log_every,
-            checkpoint_every=s.checkpoint_every,
+            **s.pace,
             run=run,
-            target=None if s.stop_at is None else Target(s.stop_at),
+            target=s.target,
             progress=False,
         )
     except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
@@ -279,13 +276,12 @@ def main(preset: str, s: Settings, where: Where):
         jobs = min(4, len(cells(s)), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    lengths = {name: getattr(s, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
     for name, mixer, size in cells(s):  # what cannot be is refused before anything is computed
         TASKS[name](s, size)
         if mixer.startswith("bidirectional"):
             raise ValueError(f"the grid's tasks are causal, and mixers must be; got {mixer}")
     for mixer in s.mixers:
-        check_lengths(build(s, s.tasks[0], mixer, cells(s)[0][2]), **lengths)
+        check_lengths(build(s, s.tasks[0], mixer, cells(s)[0][2]), **s.pace)
     settings, code = {"preset": preset, **dataclasses.asdict(s)}, commit(Path(__file__), apart_from=[PAGE])
     run = open_run(settings, folder=where.run, stem=f"grid-{preset}", resume=where.resume, overwrite=where.overwrite)
     folder, began = run.folder / "cells", time.perf_counter()

@@ -118,7 +118,7 @@ class TrainSettings:
         return {"seed": self.seed, "num_examples": self.num_examples, "num_test": self.num_test}
 
     @property
-    def pace(self) -> dict[str, int]:
+    def pace(self) -> dict[str, Any]:
         """How long `fit` trains, and when it looks up."""
         return {name: getattr(self, name) for name in ("steps", "eval_every", "log_every", "checkpoint_every")}
 

@@ -245,7 +245,7 @@ def started(file: str, build: Callable) -> Callable:
     return begin
 
 
-def groups(s: Settings):
+def groups(s: TrainSettings):
     if s.published:
         return PublishedGroups(s.lr, s.lr, PublishedCosine(s.steps, s.warmup), weight_decay=s.weight_decay)
     return DefaultGroups(s.lr, WarmupCosine(s.steps, s.warmup), weight_decay=s.weight_decay)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _command import Place, parse
-from _models import Settings, trainer
+from _models import Settings, TrainSettings, trainer
 from _reproduce import PAGE, Ours, check_page, machine, record, spread, write
 
 from s5eqx.data import SeriesBatch
@@ -113,7 +113,7 @@ def _train(
                     results.append(json.loads((folder / RESULT).read_text()))
                     continue
                 run = open_run(settings | {"seed": seed}, folder=folder, resume=(folder / "settings.json").exists())
-            result = None if asked else _one(run, built(of_seed), of_seed, task_of, code, began=began)
+            result = None if asked else train_one(run, built(of_seed), of_seed, task_of, code, began=began)
             if result is None:
                 print(f"continue with:\n{resume_command(whole.folder, sys.argv)}")
                 return None
@@ -122,7 +122,9 @@ def _train(
     return whole, results
 
 
-def _one(run: Run, trainer: Trainer, s: Settings, task_of: Callable, code: str | None, *, began: float) -> dict | None:
+def train_one(
+    run: Run, trainer: Trainer, s: TrainSettings, task_of: Callable, code: str | None, *, began: float
+) -> dict | None:
     """Trains with one seed; the result, which is in the run's folder too, or nothing if someone interrupted."""
     print(f"run in {run.folder}, curves with: tensorboard --logdir {run.folder}", flush=True)
     result = fit(

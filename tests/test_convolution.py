@@ -1,4 +1,4 @@
-"""The long convolution by FFT, against a loop."""
+"""The long convolution as it comes, against a loop; `test_butterfly_conv.py` has the other ways."""
 
 import jax.numpy as jnp
 import numpy as np

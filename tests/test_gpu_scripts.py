@@ -71,6 +71,15 @@ def test_bench_of_the_state_space_step(tmp_path):
     assert all(0 < float(error) < 1e-5 for row in rows for error in row[-2:])
 
 
+@pytest.mark.slow
+def test_bench_of_convolutions(tmp_path):
+    lines = output_of("bench_conv.py", "--platform", "cpu", "--tiny", "--rounds", "1", folder=tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith("| (2, 300, 3)")]
+    assert [row[0] for row in rows][:3] == ["FFT", "order 2, float32", "order 3, float32"] and len(rows) == 7
+    assert all(0 < float(row[-1]) < 1e-6 for row in rows)
+    assert lines[-1].startswith("- Measured takes ")
+
+
 @native
 @pytest.mark.slow
 def test_same_bits(tmp_path):

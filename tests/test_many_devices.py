@@ -64,6 +64,7 @@ def test_parts_and_devices_have_the_gradient_of_the_whole(data, sequence, parts,
         np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_devices_where_errors_are_checked_as_it_runs():
     """Attention and learned positions, which know only then how long a packed sequence is, in pieces."""
     mixer = lambda key: Attention(4, max_length=20, key=key)

@@ -72,6 +72,7 @@ def everything(model, x, key):
     return [quiet(x), *[(each_layer(state), y) for state, y in ways]], eqx.filter_value_and_grad(loss)(model)
 
 
+@pytest.mark.slow
 def test_all_forms_are_one_model(key, x64):
     """Stacked or not, rematerialised or not: weights, outputs, states, and with dropout the loss and its gradient."""
     build = lambda **options: compiled(key, dropout=0.2, drop_path=0.1, embed_dropout=0.1, **options)
@@ -87,6 +88,7 @@ def test_all_forms_are_one_model(key, x64):
         assert_close(same_form(got_gradient), gradient)
 
 
+@pytest.mark.slow
 def test_convolutions_and_their_networks_stack(key, x64):
     """A filter bank, whose buffers are stacked too, and whose position is checked inside the scan."""
     implicit = lambda key: nn.hyena(D, L, filter_width=3, key=key)

@@ -61,6 +61,7 @@ def main(script, monkeypatch, *words):
     importlib.import_module(script).main()
 
 
+@pytest.mark.slow
 def test_it_trains_and_says_so(here):
     result = train(*TINY, "--steps", 40, "--run", "run", "--sample-tokens", 5)
     assert result == json.loads(Path("run/result.json").read_text())

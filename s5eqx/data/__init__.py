@@ -4,6 +4,8 @@ from s5eqx.data._task import AbstractBatch as AbstractBatch
 from s5eqx.data._task import AbstractCorpus as AbstractCorpus
 from s5eqx.data._task import AbstractTask as AbstractTask
 from s5eqx.data._task import Batch as Batch
+from s5eqx.data._task import FieldBatch as FieldBatch
+from s5eqx.data._task import ImageBatch as ImageBatch
 from s5eqx.data._task import LabelledBatch as LabelledBatch
 from s5eqx.data._task import SeriesBatch as SeriesBatch
 from s5eqx.data.bpe import train_bpe as train_bpe
@@ -12,8 +14,15 @@ from s5eqx.data.documents import Documents as Documents
 from s5eqx.data.documents import Splits as Splits
 from s5eqx.data.documents import cut as cut
 from s5eqx.data.documents import unique_paragraphs as unique_paragraphs
+from s5eqx.data.images import Images as Images
+from s5eqx.data.images import read_images as read_images
 from s5eqx.data.load import TextData as TextData
 from s5eqx.data.load import load_text as load_text
+from s5eqx.data.pde import Burgers as Burgers
+from s5eqx.data.pde import Heat as Heat
+from s5eqx.data.pde import burgers as burgers
+from s5eqx.data.pde import heat as heat
+from s5eqx.data.pde import random_coefficients as random_coefficients
 from s5eqx.data.synthetics import AssocRecall as AssocRecall
 from s5eqx.data.text import Text as Text
 from s5eqx.data.tokenizer import AbstractTokenizer as AbstractTokenizer

@@ -1,9 +1,9 @@
 """What lies on the Hugging Face hub, and what is said when it cannot be had."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from s5eqx.data.documents import Documents, column_of
 
@@ -13,24 +13,8 @@ _SECONDS = 10
 
 def hub_splits(name: str, *, config: str | None, revision: str | None, column: str) -> dict[str, Documents]:
     """The splits `train`, `validation` and `test` of a corpus, as far as it has them."""
-    problem = _unreachable(name, "dataset")
-    import datasets
-
-    # What `datasets` has in its cache serves as well. It is told that there is no network, since it would else try for
-    # half a minute to find one.
-    with _offline(datasets) if problem else contextlib.nullcontext():
-        try:
-            if problem and revision is not None:
-                raise ValueError("the cache does not say which revision it holds")
-            found = datasets.load_dataset(name, config, revision=revision)
-        except (OSError, ValueError) as failure:
-            if problem is None:
-                raise ValueError(f"the corpus {_told(name, config)} cannot be loaded: {failure}") from failure
-            raise ConnectionError(
-                f"the Hugging Face hub cannot be reached ({problem}), and the cache of `datasets` does not give the "
-                f"corpus {_told(name, config)} ({failure}). Without a network, train on local files: "
-                "--data 'path/*.txt', or .parquet, or .jsonl."
-            ) from failure
+    instead = "Without a network, train on local files: --data 'path/*.txt', or .parquet, or .jsonl."
+    found = hub_dataset(name, "corpus", config=config, revision=revision, instead=instead)
     if "train" not in found:
         raise ValueError(
             f"a corpus must have a split called train; {_told(name, config)} has {', '.join(map(str, found))}"
@@ -40,6 +24,32 @@ def hub_splits(name: str, *, config: str | None, revision: str | None, column: s
         for split in ("train", "validation", "test")
         if split in found
     }
+
+
+def hub_dataset(
+    name: str, kind: str, *, config: str | None = None, revision: str | None = None, instead: str
+) -> Mapping[Any, Any]:
+    """The splits of a data set, of the hub or of the cache of `datasets`.
+
+    Messages call it a `kind`, and say what serves `instead` where there is no network.
+    """
+    problem = _unreachable(name, "dataset")
+    import datasets
+
+    # What `datasets` has in its cache serves as well. It is told that there is no network, since it would else try for
+    # half a minute to find one.
+    with _offline(datasets) if problem else contextlib.nullcontext():
+        try:
+            if problem and revision is not None:
+                raise ValueError("the cache does not say which revision it holds")
+            return datasets.load_dataset(name, config, revision=revision)
+        except (OSError, ValueError) as failure:
+            if problem is None:
+                raise ValueError(f"the {kind} {_told(name, config)} cannot be loaded: {failure}") from failure
+            raise ConnectionError(
+                f"the Hugging Face hub cannot be reached ({problem}), and the cache of `datasets` does not give the "
+                f"{kind} {_told(name, config)} ({failure}). {instead}"
+            ) from failure
 
 
 def hub_tokenizer(name: str) -> Path:

@@ -1,5 +1,7 @@
 """Random orders of many things that are the same with every release of numpy."""
 
+import functools
+
 import numpy as np
 
 from s5eqx._typing import Integer
@@ -23,3 +25,18 @@ def random_bits(seed: int, stream: int, number: int, count: int) -> Integer[np.n
 def random_order(seed: int, stream: int, number: int, count: int) -> Integer[np.ndarray, " n"]:
     """`range(count)` in a random order."""
     return np.argsort(random_bits(seed, stream, number, count), kind="stable")
+
+
+def in_epochs(seed: int, indices: Integer[np.ndarray, " B"], count: int) -> Integer[np.ndarray, " B"]:
+    """Which of `count` examples a stream has at these places, where every epoch has all of them in an order of its own."""
+    epochs, places = np.divmod(np.asarray(indices, np.int64), count)
+    rows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = _order_of_epoch(seed, int(epoch), count)[places[here]]
+    return rows
+
+
+@functools.lru_cache(maxsize=4)
+def _order_of_epoch(seed, epoch, count):
+    return random_order(seed, EPOCH, epoch, count)

@@ -51,6 +51,22 @@ class SeriesBatch(AbstractBatch):
     intervals: Float[Array, "B L"] | None = None
 
 
+class FieldBatch(AbstractBatch):
+    """Fields on a grid, and the fields that an operator makes of them."""
+
+    inputs: Float[Array, "B *grid channels"]
+    targets: Float[Array, "B *grid outputs"]
+    weights: Float[Array, " B"]
+
+
+class ImageBatch(AbstractBatch):
+    """Images or videos, and the class of each."""
+
+    inputs: Float[Array, "B *grid channels"]
+    targets: Int[Array, " B"]
+    weights: Float[Array, " B"]
+
+
 class AbstractTask(abc.ABC):
     """A source of examples in which nothing advances: example i depends on the seed and on i alone.
 

@@ -3,6 +3,8 @@
 from s5eqx.models.backbone import Backbone as Backbone
 from s5eqx.models.classifier import Classifier as Classifier
 from s5eqx.models.classifier import RetrievalClassifier as RetrievalClassifier
+from s5eqx.models.fno import FNO as FNO
+from s5eqx.models.grid_classifier import GridClassifier as GridClassifier
 from s5eqx.models.init import AbstractInit as AbstractInit
 from s5eqx.models.init import DefaultInit as DefaultInit
 from s5eqx.models.init import GPT2Init as GPT2Init

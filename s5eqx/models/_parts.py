@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray
 from s5eqx._varying import error_if
-from s5eqx.nn._mixer import AbstractMixer
+from s5eqx.nn._mixer import AbstractLayer
 
-Mixer = TypeVar("Mixer", bound=AbstractMixer)
+Mixer = TypeVar("Mixer", bound=AbstractLayer)
 
 
 def count_layers(mixer: Callable[[PRNGKeyArray], Mixer] | tuple[Mixer, ...], num_layers: int | None) -> int:
     """The number of layers, of a tuple of mixers or of a factory."""
-    if isinstance(mixer, AbstractMixer):
+    if isinstance(mixer, AbstractLayer):
         raise ValueError(
             f"mixer must be a factory `key -> mixer` or a tuple of mixers; got one {type(mixer).__name__}, "
             "whose weights all layers would share. Write `lambda key: ...`."

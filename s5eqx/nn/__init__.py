@@ -17,11 +17,14 @@ from s5eqx.nn.bidirectional_s4d import BidirectionalS4D as BidirectionalS4D
 from s5eqx.nn.bidirectional_s5 import BidirectionalS5 as BidirectionalS5
 from s5eqx.nn.block import Block as Block
 from s5eqx.nn.buffer import Buffer as Buffer
+from s5eqx.nn.butterfly_conv import ButterflyConv as ButterflyConv
 from s5eqx.nn.convolution import Convolution as Convolution
 from s5eqx.nn.diagonal_ssm import DiagonalSSM as DiagonalSSM
 from s5eqx.nn.discretise import ZOH as ZOH
 from s5eqx.nn.discretise import AbstractDiscretisation as AbstractDiscretisation
 from s5eqx.nn.discretise import Bilinear as Bilinear
+from s5eqx.nn.fno import FNOBlock as FNOBlock
+from s5eqx.nn.grid_residual import GridResidual as GridResidual
 from s5eqx.nn.h3 import H3 as H3
 from s5eqx.nn.h3 import h3 as h3
 from s5eqx.nn.h3 import h3_conv as h3_conv
@@ -63,6 +66,7 @@ from s5eqx.nn.s4d_init import QuadInit as QuadInit
 from s5eqx.nn.s4d_init import RandomInit as RandomInit
 from s5eqx.nn.s4d_init import RealInit as RealInit
 from s5eqx.nn.s4d_init import SoftplusReal as SoftplusReal
+from s5eqx.nn.s4nd import S4ND as S4ND
 from s5eqx.nn.s5 import S5 as S5
 from s5eqx.nn.s5_init import AbstractCInit as AbstractCInit
 from s5eqx.nn.s5_init import ComplexNormal as ComplexNormal
@@ -70,8 +74,12 @@ from s5eqx.nn.s5_init import LecunNormal as LecunNormal
 from s5eqx.nn.s5_init import TruncatedNormal as TruncatedNormal
 from s5eqx.nn.shift_ssm import ShiftSSM as ShiftSSM
 from s5eqx.nn.short_conv import ShortConv as ShortConv
+from s5eqx.nn.spectrum import AbstractBasis as AbstractBasis
+from s5eqx.nn.spectrum import Cosine as Cosine
+from s5eqx.nn.spectrum import Fourier as Fourier
 from s5eqx.nn.stack import Stack as Stack
 from s5eqx.nn.stochastic_depth import StochasticDepth as StochasticDepth
+from s5eqx.nn.transform_once import TransformOnce as TransformOnce
 from s5eqx.nn.tree import buffer_mask as buffer_mask
 from s5eqx.nn.tree import cast as cast
 from s5eqx.nn.tree import recurrence_mask as recurrence_mask

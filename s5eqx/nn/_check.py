@@ -1,10 +1,14 @@
 """Checks of layers against each other while a model is built."""
 
+from typing import TypeVar
+
 import equinox as eqx
 import jax
 from jax.typing import DTypeLike
 
-from s5eqx.nn._mixer import AbstractCausalMixer, AbstractMixer
+from s5eqx.nn._mixer import AbstractCausalMixer, AbstractLayer, AbstractMixer
+
+Layer = TypeVar("Layer", bound=AbstractLayer)
 
 
 def check_mixer(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -> AbstractCausalMixer:
@@ -18,20 +22,21 @@ def check_mixer(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -
     return mixer
 
 
-def check_width(mixer: AbstractMixer, width: int, dtype: DTypeLike, name: str) -> AbstractMixer:
-    """Refuses a mixer that does not map (L, width) to (L, width). Nothing is computed."""
+def check_width(mixer: Layer, width: int, dtype: DTypeLike, name: str, *, num_axes: int = 1) -> Layer:
+    """Refuses a mixer that does not map (*L, width) to (*L, width), with so many axes L. Nothing is computed."""
+    shape = (*(1,) * num_axes, width)
     quiet = eqx.nn.inference_mode(mixer)  # asks for no key
     try:
-        y = eqx.filter_eval_shape(lambda mixer, x: mixer(x), quiet, jax.ShapeDtypeStruct((1, width), dtype))
+        y = eqx.filter_eval_shape(lambda mixer, x: mixer(x), quiet, jax.ShapeDtypeStruct(shape, dtype))
     except Exception as error:  # whatever the mixer finds wrong with such an input
         raise ValueError(
             f"{name} must map width {width} to width {width}; {type(mixer).__name__} refuses such an input, as "
             "shown above. Build it with that width."
         ) from error
-    if y.shape != (1, width):
+    if y.shape != shape:
         raise ValueError(
-            f"{name} must map width {width} to width {width}; {type(mixer).__name__} returns {y.shape[1:]}. Build it "
-            "with that width."
+            f"{name} must map width {width} to width {width}; {type(mixer).__name__} returns {y.shape[num_axes:]}. "
+            "Build it with that width."
         )
     return mixer
 

@@ -23,13 +23,13 @@ class AbstractDiagonalSSM(AbstractCausalMixer):
         s[t] = dA s[t-1] + dB u[t]
         y[t] = 2 Re(C s[t]) + D u[t]
 
-    The outputs are flattened in the order (c, D).
+    The outputs are flattened in the order (c, D). Where `D` is None, nothing passes by the state.
 
     A whole sequence is convolved with `kernel(L)` by FFT, in O(D P sqrt(L)) memory for the states. With `reset` it is
     scanned, chunk after chunk.
     """
 
-    D: eqx.AbstractVar[Float[Array, "c D"]]
+    D: eqx.AbstractVar[Float[Array, "c D"] | None]
 
     @abc.abstractmethod
     def discretised(self) -> tuple[Complex[Array, "D P"], Complex[Array, "D P"], Complex[Array, "c D P"]]:
@@ -38,8 +38,7 @@ class AbstractDiagonalSSM(AbstractCausalMixer):
     @checked
     def kernel(self, length: int) -> Float[Array, "c length D"]:
         """`2 Re sum_n C_n dB_n dA_n^l` for `l < length`: the response to an impulse, without `D`."""
-        dA, dB, C = self.discretised()
-        return _response(C * dB[None], _powers_in_blocks(dA, length), length)
+        return impulse_response(*self.discretised(), length)
 
     @checked
     def __call__(
@@ -72,7 +71,7 @@ class AbstractDiagonalSSM(AbstractCausalMixer):
         powers = _powers_in_blocks(dA, len(x))
         y = self._convolve(x, _response(C * dB[None], powers, len(x)))
         y = y + _flat(_response(C * (dA * state)[None], powers, len(x)))
-        return _last_state(state, x.astype(self.D.dtype), dA, dB, powers), y.astype(x.dtype)
+        return _last_state(state, x.astype(y.dtype), dA, dB, powers), y.astype(x.dtype)
 
     @checked
     def step(
@@ -85,38 +84,47 @@ class AbstractDiagonalSSM(AbstractCausalMixer):
     ) -> tuple[Complex[Array, "D P"], Float[Array, " out"]]:
         dA, dB, C = self.discretised()
         state = drop(state, reset)
-        u = x_t.astype(self.D.dtype)
+        u = x_t.astype(jnp.real(C).dtype)
         state = dA * state + as_complex(as_pairs(dB) * u[:, None, None])
-        y = 2 * jnp.real(jnp.sum(C * state[None], axis=-1)) + self.D * u[None]
+        y = self._skip(2 * jnp.real(jnp.sum(C * state[None], axis=-1)), u)
         return state, y.reshape(-1).astype(x_t.dtype)
 
     def _convolve(self, x, kernel):
-        u = x.astype(self.D.dtype)
-        y = jax.vmap(ops.causal_convolution, in_axes=(None, 0))(u, kernel)
-        return _flat(y + self.D[:, None] * u[None])
+        u = x.astype(kernel.dtype)
+        return _flat(self._skip(jax.vmap(ops.causal_convolution, in_axes=(None, 0))(u, kernel), u))
+
+    def _skip(self, y, u):
+        """With what passes by the state; `y` is (c, *L, D), `u` is (*L, D)."""
+        return y if self.D is None else y + jnp.expand_dims(self.D, tuple(range(1, u.ndim))) * u[None]
 
     def _scan(self, state, x, reset):
         dA, dB, C = self.discretised()
         a, dB, C = as_pairs(dA).reshape(-1, 2), as_pairs(dB), as_pairs(jnp.conj(C))
-        u = x.astype(self.D.dtype)
+        u = x.astype(C.dtype)
 
         @jax.checkpoint
         def chunk(state, inputs):
             u, reset = inputs
             drive = u[:, :, None, None] * dB[None]
             s = ops.diagonal_scan_pairs(a, drive.reshape(len(u), *a.shape), state, reset=reset)
-            y = 2 * jnp.einsum("tdpx,cdpx->tcd", s.reshape(drive.shape), C, precision="highest")
-            y = y + self.D[None] * u[:, None]
-            return (s[-1] if len(u) else state), y.reshape(len(u), self.D.size)
+            y = 2 * jnp.einsum("tdpx,cdpx->ctd", s.reshape(drive.shape), C, precision="highest")
+            return (s[-1] if len(u) else state), _flat(self._skip(y, u))
 
         s, y, done = as_pairs(state).reshape(-1, 2), [], len(u) // _CHUNK * _CHUNK
         if done:
             in_chunks = lambda z: z[:done].reshape(-1, _CHUNK, *z.shape[1:])
             s, y_chunks = lax.scan(chunk, s, (in_chunks(u), in_chunks(reset)))
-            y.append(y_chunks.reshape(done, -1))
+            y.append(y_chunks.reshape(done, y_chunks.shape[-1]))
         s, y_rest = chunk(s, (u[done:], reset[done:]))
         y = jnp.concatenate([*y, y_rest])
         return as_complex(s).reshape(state.shape), y.astype(x.dtype)
+
+
+def impulse_response(
+    dA: Complex[Array, "D P"], dB: Complex[Array, "D P"], C: Complex[Array, "c D P"], length: int
+) -> Float[Array, "c length D"]:
+    """`2 Re sum_n C_n dB_n dA_n^l` for `l < length`."""
+    return _response(C * dB[None], _powers_in_blocks(dA, length), length)
 
 
 def _powers_in_blocks(a, length):

@@ -1,17 +1,17 @@
-"""What follows the core of S4D and of the long-convolution layer."""
+"""What follows the core of S4D, of S4ND and of the long-convolution layer."""
 
 from collections.abc import Callable
 
 import equinox as eqx
 
 from s5eqx._typing import Array, Float, PRNGKeyArray
-from s5eqx.nn._composed import AbstractComposedMixer
+from s5eqx.nn._mixer import AbstractLayer
 from s5eqx.nn.activations import GLU
 from s5eqx.nn.linear import linear
 
 
-class AbstractReadOut(AbstractComposedMixer):
-    """A mixer that ends in `output_linear(dropout(activation(y)))`, at each step on its own."""
+class AbstractReadOut(AbstractLayer):
+    """A layer that ends in `output_linear(dropout(activation(y)))`, at each step or point on its own."""
 
     activation: eqx.AbstractVar[Callable]
     dropout: eqx.AbstractVar[eqx.nn.Dropout]

@@ -89,7 +89,7 @@ class BidirectionalS4D(AbstractMixer):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "L D"]:
         ssm = self.forward.ssm
-        backward = eqx.tree_at(lambda ssm: (ssm.C, ssm.D), ssm, (self.C_backward, jnp.zeros_like(ssm.D)))
+        backward = eqx.tree_at(lambda ssm: (ssm.C, ssm.D), ssm, (self.C_backward, None))
         # Backward in time the flag of t+1 drops what enters t. The one that wraps round drops an empty state.
         flipped = None if reset is None else jnp.roll(reset[::-1], 1)
         ahead = backward(x[::-1], reset=flipped)[::-1]  # from u[t] on: shifted by one, from u[t+1] on

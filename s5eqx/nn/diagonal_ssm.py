@@ -23,7 +23,8 @@ class DiagonalSSM(AbstractDiagonalSSM):
 
     `dA, dB` come from the continuous system `A, B` and the time step `Delta = exp(log_Delta)` of the channel. Channel
     `h` uses row `h mod S` of `A = -real_part(A_real) + i A_imag` and of `B`. Where `B` is None it is part of `C`: then
-    `dB = 1`, and the gain of the discretisation multiplies `C`. The outputs are flattened in the order (c, D).
+    `dB = 1`, and the gain of the discretisation multiplies `C`. Where `D` is None, nothing passes by the state. The
+    outputs are flattened in the order (c, D).
 
     A whole sequence is convolved with `kernel(L)` by FFT, in O(D P sqrt(L)) memory for the states. With `reset` it is
     scanned, chunk after chunk.
@@ -45,7 +46,7 @@ class DiagonalSSM(AbstractDiagonalSSM):
     log_Delta: Float[Array, " D"]
     B: Float[Array, "S P 2"] | None
     C: Float[Array, "c D P 2"]
-    D: Float[Array, "c D"]
+    D: Float[Array, "c D"] | None
     discretisation: AbstractDiscretisation
     real_part: AbstractRealPart
     bandlimit: float | None = eqx.field(static=True)
@@ -65,6 +66,7 @@ class DiagonalSSM(AbstractDiagonalSSM):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         bandlimit: float | None = None,
+        skip: bool = True,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -79,6 +81,7 @@ class DiagonalSSM(AbstractDiagonalSSM):
         - `real_part`: `ExpReal()` or `SoftplusReal()`, how `-Re A` is stored.
         - `dt_min`, `dt_max`: `Delta` starts log-uniform between them, in units of the input interval.
         - `bandlimit`: drop states of a frequency of `bandlimit / 2` cycles a step or more; 1 is the Nyquist limit.
+        - `skip`: have a `D`.
         """
         num_ssm = width if num_ssm is None else num_ssm
         if width < 1 or channels < 1 or num_ssm < 1 or width % num_ssm:
@@ -106,18 +109,25 @@ class DiagonalSSM(AbstractDiagonalSSM):
         C = math.sqrt(0.5) * jr.normal(C_key, (channels, width, state_size // 2, 2), dtype)
         self.B = B if train_B else None
         self.C = C if train_B else as_pairs(as_complex(C) * _rows(as_complex(B), width)[None])
-        self.D = jr.normal(D_key, (channels, width), dtype)
+        self.D = jr.normal(D_key, (channels, width), dtype) if skip else None
         self.discretisation = discretisation
         self.real_part = real_part
         self.bandlimit = bandlimit
 
     @checked
-    def discretised(self) -> tuple[Complex[Array, "D P"], Complex[Array, "D P"], Complex[Array, "c D P"]]:
-        """`dA`, `dB` and the `C` that reads `s`, with what a `bandlimit` drops at zero."""
+    def discretised(
+        self, rate: float | int = 1.0
+    ) -> tuple[Complex[Array, "D P"], Complex[Array, "D P"], Complex[Array, "c D P"]]:
+        """`dA`, `dB` and the `C` that reads `s`, with what a `bandlimit` drops at zero.
+
+        `rate` is the time between samples in units of that in training: 0.5 where there are twice as many. It
+        multiplies `Delta`. A `bandlimit` drops what it dropped in training whatever the rate, for that was never
+        trained, and all else was.
+        """
         width = len(self.log_Delta)
         A = _rows(lax.complex(-self.real_part(self.A_real), self.A_imag), width)
         Delta = jnp.broadcast_to(jnp.exp(self.log_Delta)[:, None], A.shape)
-        dA, gain = (z.reshape(A.shape) for z in self.discretisation(A.reshape(-1), Delta.reshape(-1)))
+        dA, gain = (z.reshape(A.shape) for z in self.discretisation(A.reshape(-1), rate * Delta.reshape(-1)))
         C = as_complex(self.C)
         if self.B is None:
             dB, C = jnp.ones_like(gain), gain[None] * C

@@ -10,6 +10,7 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Bool, Float, PRNGKeyArray, PyTree, checked
 from s5eqx.nn._check import check_rate
+from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._mixer import refuse_reset
 from s5eqx.nn._random import split
 from s5eqx.nn._read_out import AbstractReadOut
@@ -141,7 +142,7 @@ class SquashedConvolution(AbstractConvolution):
         return state, y.reshape(*y.shape[:-2], self.D.size)
 
 
-class LongConv(AbstractReadOut):
+class LongConv(AbstractReadOut, AbstractComposedMixer):
     """The long-convolution layer: `output_linear(dropout(activation(conv(u))))`, with a `SquashedConvolution` and a
     dense layer with a gate.
 

@@ -71,8 +71,7 @@ class Residual(eqx.Module):
             if intervals is not None:  # behind its last sample a sequence has the interval of its first
                 intervals = jnp.where(inside, intervals, intervals[:1])
         h = self._mix(h, intervals, mixer_key)
-        kept = self.dropout(jnp.ones_like(h[:1] if self.tie_dropout else h), key=dropout_key)
-        h = h * jnp.broadcast_to(kept, h.shape)
+        h = dropped(self.dropout, h, tied=self.tie_dropout, key=dropout_key)
         return x + h if self.prenorm else layer_norm(self.norm, x + h)
 
     def _mix(self, h, intervals, key):
@@ -85,3 +84,11 @@ class Residual(eqx.Module):
                 "`intervals` out."
             )
         return self.mixer(h, intervals=intervals, key=key)  # pyright: ignore[reportCallIssue]
+
+
+def dropped(
+    dropout: eqx.nn.Dropout, h: Float[Array, "*L D"], *, tied: bool, key: PRNGKeyArray | None
+) -> Float[Array, "*L D"]:
+    """Some entries of a branch at zero; `tied` for a channel at all steps or at none."""
+    like = h[(slice(1),) * (h.ndim - 1)] if tied else h
+    return h * jnp.broadcast_to(dropout(jnp.ones_like(like), key=key), h.shape)

@@ -8,6 +8,7 @@ import jax.random as jr
 
 from s5eqx._typing import Array, Complex, PRNGKeyArray
 from s5eqx.nn._check import check_rate
+from s5eqx.nn._composed import AbstractComposedMixer
 from s5eqx.nn._read_out import AbstractReadOut
 from s5eqx.nn.activations import GLU, Gelu
 from s5eqx.nn.diagonal_ssm import DiagonalSSM
@@ -15,7 +16,7 @@ from s5eqx.nn.discretise import ZOH, AbstractDiscretisation
 from s5eqx.nn.s4d_init import AbstractAInit, AbstractBInit, AbstractRealPart, ExpReal, LinInit, OnesBInit
 
 
-class S4D(AbstractReadOut):
+class S4D(AbstractReadOut, AbstractComposedMixer):
     """`output_linear(dropout(activation(ssm(u))))`, with a `DiagonalSSM` and a dense layer, gated or plain. The
     state is that of the `DiagonalSSM`.
 

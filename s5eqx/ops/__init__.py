@@ -1,12 +1,21 @@
 """Pure functions on arrays. The only floor that knows that a kernel exists."""
 
 from s5eqx.ops._backend import use_backend as use_backend
+from s5eqx.ops._conv_algorithm import FFT as FFT
+from s5eqx.ops._conv_algorithm import AbstractConvAlgorithm as AbstractConvAlgorithm
+from s5eqx.ops._conv_algorithm import Chunked as Chunked
+from s5eqx.ops._measured import Measured as Measured
 from s5eqx.ops._native import NativeBackend as NativeBackend
 from s5eqx.ops._native import backends as backends
 from s5eqx.ops._native import show_config as show_config
 from s5eqx.ops._self_test import DeviceTest as DeviceTest
 from s5eqx.ops._self_test import self_test as self_test
+from s5eqx.ops.butterfly_conv import Monarch as Monarch
+from s5eqx.ops.butterfly_conv import ThreePass as ThreePass
+from s5eqx.ops.butterfly_conv import butterfly_conv as butterfly_conv
+from s5eqx.ops.butterfly_conv import dft_blocks as dft_blocks
 from s5eqx.ops.convolution import causal_convolution as causal_convolution
+from s5eqx.ops.convolution import use_convolution as use_convolution
 from s5eqx.ops.online_conv import tile_in_block as tile_in_block
 from s5eqx.ops.online_conv import tile_of_blocks as tile_of_blocks
 from s5eqx.ops.online_conv import tile_spectrum as tile_spectrum

@@ -8,6 +8,7 @@ from s5eqx.train.loss import Score as Score
 from s5eqx.train.loss import label as label
 from s5eqx.train.loss import next_token as next_token
 from s5eqx.train.loss import perplexity as perplexity
+from s5eqx.train.loss import relative_error as relative_error
 from s5eqx.train.loss import score as score
 from s5eqx.train.loss import squared_error as squared_error
 from s5eqx.train.mesh import make_mesh as make_mesh

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Key
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
-from s5eqx.data import Batch, LabelledBatch, SeriesBatch
+from s5eqx.data import Batch, FieldBatch, ImageBatch, LabelledBatch, SeriesBatch
 from s5eqx.models._pieces import each_row, head_in_pieces, in_pieces, row_keys
 
 
@@ -60,14 +60,19 @@ def score(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"], weigh
 
 @checked
 def label(
-    model: Callable[..., Array], batch: LabelledBatch, *, key: PRNGKeyArray | Key[Array, " B"] | None = None
+    model: Callable[..., Array],
+    batch: LabelledBatch | ImageBatch,
+    *,
+    key: PRNGKeyArray | Key[Array, " B"] | None = None,
 ) -> Score:
-    """The score of a classifier, `(tokens, length) -> logits` of one sequence, on a batch.
+    """The score of a classifier, `(tokens, length) -> logits` of one sequence or `image -> logits`, on a batch.
 
-    `key` is for dropout; one for all, or one a sequence. None for no dropout.
+    `key` is for dropout; one for all, or one a sequence or image. None for no dropout.
     """
-    one = lambda x, length, key: model(x, length=length, key=key)
-    logits = each_row(one, jnp.asarray(batch.inputs), batch.lengths, row_keys(key, len(batch.inputs)))
+    named = lambda length: {} if length is None else {"length": length}
+    one = lambda x, length, key: model(x, **named(length), key=key)
+    lengths = batch.lengths if isinstance(batch, LabelledBatch) else None
+    logits = each_row(one, jnp.asarray(batch.inputs), lengths, row_keys(key, len(batch.inputs)))
     return score(logits, batch.targets, batch.weights)
 
 
@@ -86,6 +91,26 @@ def squared_error(
     weights = batch.weights.astype(found.dtype)
     miss = jnp.where((weights > 0)[..., None], found - batch.targets.astype(found.dtype), 0)
     return Score(jnp.sum(jnp.mean(miss**2, axis=-1) * weights), jnp.sum(weights))
+
+
+@checked
+def relative_error(
+    model: Callable[..., Array], batch: FieldBatch, *, key: PRNGKeyArray | Key[Array, " B"] | None = None
+) -> Score:
+    """The score of an operator, `field -> field` of one example, on a batch: `|y - t| / |t|`, in the L2 norm. Where the
+    weight is 0 the prediction may be anything, and where the target is 0 the error is `|y|`.
+
+    `key` is as for `label`.
+    """
+    found = each_row(lambda x, key: model(x, key=key), jnp.asarray(batch.inputs), row_keys(key, len(batch.inputs)))
+    found = found.reshape(len(found), -1)
+    weights, targets = (jnp.asarray(a, found.dtype) for a in (batch.weights, batch.targets))
+    targets = targets.reshape(found.shape)
+    miss = jnp.where((weights > 0)[:, None], found - targets, 0)
+    # The plain norm has no gradient at 0.
+    norm = optax.safe_norm(miss, 0.0, axis=1)
+    size = jnp.linalg.norm(targets, axis=1)
+    return Score(jnp.sum(norm / jnp.where(size > 0, size, 1) * weights), jnp.sum(weights))
 
 
 @checked

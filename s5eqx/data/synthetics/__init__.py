@@ -13,3 +13,4 @@ from s5eqx.data.synthetics.list_ops import ListOps as ListOps
 from s5eqx.data.synthetics.majority import Majority as Majority
 from s5eqx.data.synthetics.pendulum import Pendulum as Pendulum
 from s5eqx.data.synthetics.selective_copying import SelectiveCopying as SelectiveCopying
+from s5eqx.data.synthetics.shapes import Shapes as Shapes

@@ -42,11 +42,12 @@ def dense(weights, x, name):
     _, modes, names, _ = CASES[name]
     matrices = [functions(name, n, m) for name, n, m in zip(names, x.shape, modes, strict=False)]
     gelu = lambda h: h * jax.scipy.stats.norm.cdf(h)
-    (first, b), *middle, (last, b_last) = weights
-    h = first @ along([matrix / matrix.shape[1] for matrix in matrices], x).reshape(-1) + b
+    V, ((first, b), *middle, (last, b_last)) = weights
+    band = along([matrix / matrix.shape[1] for matrix in matrices], x).reshape(-1)
+    h = first @ band + b
     for W, c in middle:
         h = (h + W @ gelu(h) + c) / np.sqrt(2)
-    y = (last @ gelu(h) + b_last).reshape(*modes, 3)
+    y = (last @ gelu(h) + b_last + V @ band).reshape(*modes, 3)
     return along([matrix.T for matrix in matrices], y)
 
 
@@ -57,7 +58,7 @@ def test_equal_to_the_matrices(name, key, x64):
     rng = np.random.default_rng(0)
     grids = [tuple(n + finer for n in CASES[name][0]) for finer in (0, 3)]
     fields = [[jnp.asarray(rng.standard_normal((*grid, c))) for c in (2, 3)] for grid in grids]
-    weights = [(layer.weight, layer.bias) for layer in model.layers]
+    weights = model.V, [(layer.weight, layer.bias) for layer in model.layers]
 
     def run(function):
         def of(weights, x, back):
@@ -66,7 +67,8 @@ def test_equal_to_the_matrices(name, key, x64):
 
         return quick_jit(lambda weights, fields: [of(weights, *pair) for pair in fields])(weights, fields)
 
-    given = run(lambda weights, x: eqx.tree_at(lambda m: jax.tree.leaves(m.layers), model, jax.tree.leaves(weights))(x))
+    leaves = lambda m: [m.V, *jax.tree.leaves(m.layers)]
+    given = run(lambda weights, x: eqx.tree_at(leaves, model, jax.tree.leaves(weights))(x))
     expected = run(lambda weights, x: dense(weights, x, name))
     for got, right in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, right, atol=1e-10)

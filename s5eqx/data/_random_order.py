@@ -28,7 +28,7 @@ def random_order(seed: int, stream: int, number: int, count: int) -> Integer[np.
 
 
 def in_epochs(seed: int, indices: Integer[np.ndarray, " B"], count: int) -> Integer[np.ndarray, " B"]:
-    """Which of `count` examples a stream has at these places, where every epoch has all of them in an order of its own."""
+    """Which of `count` examples a stream has at these places; every epoch has all of them in an order of its own."""
     epochs, places = np.divmod(np.asarray(indices, np.int64), count)
     rows = np.empty_like(places)
     for epoch in np.unique(epochs):

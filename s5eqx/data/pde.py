@@ -12,7 +12,7 @@ import jax.random as jr
 import numpy as np
 
 from s5eqx._typing import Array, Float, Int, PRNGKeyArray, checked
-from s5eqx.data._random_order import EPOCH, random_order
+from s5eqx.data._random_order import in_epochs
 from s5eqx.data._task import AbstractCorpus, FieldBatch
 from s5eqx.nn import AbstractBasis, Cosine, Fourier
 
@@ -121,11 +121,7 @@ class AbstractOperatorTask(AbstractCorpus):
 
     @checked
     def train(self, indices: Int[Array, " B"]) -> FieldBatch:
-        epochs, places = np.divmod(np.asarray(indices), self.num_examples)
-        rows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = random_order(self.seed, EPOCH, int(epoch), self.num_examples)[places[here]]
+        rows = in_epochs(self.seed, np.asarray(indices), self.num_examples)
         inputs, targets = self._training
         return FieldBatch(inputs[rows], targets[rows], np.ones(len(rows), np.float32))
 

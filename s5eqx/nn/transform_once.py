@@ -13,7 +13,7 @@ from s5eqx._typing import Array, Float, PRNGKeyArray, checked
 from s5eqx.nn._grid import check_band, check_field, check_sizes
 from s5eqx.nn._mixer import AbstractLayer
 from s5eqx.nn._random import truncated_normal
-from s5eqx.nn.linear import linear
+from s5eqx.nn.linear import linear, times_transposed
 from s5eqx.nn.spectrum import AbstractBasis
 from s5eqx.nn.tree import cast
 
@@ -27,9 +27,9 @@ class TransformOnce(AbstractLayer):
 
         h_0 = W_0 T u + b_0
         h_i = (h_{i-1} + W_i gelu(h_{i-1}) + b_i) / sqrt2        for each of num_layers - 2
-        y   = T' (W gelu(h) + b)
+        y   = T' (W gelu(h) + b + V T u)
 
-    It runs on any grid that has these modes.
+    `V`, the linear part of the operator, starts at 0. It runs on any grid that has these modes.
 
     The weights start such that the output field has the mean square of the input field, about 1, though only a band of
     it is seen. The coefficients of the band have `kept_energy` of the square of the field, and the output has all of
@@ -42,14 +42,16 @@ class TransformOnce(AbstractLayer):
     Source: Poli, Massaroli et al., "Transform Once: Efficient Operator Learning in Frequency Domain" (arXiv
     2211.14453).
 
-    Differs from the reference: the network between the transforms is dense in the modes, with residual layers; the band
-    is that of the lowest frequencies; the basis is given for each axis, where the paper has the DCT for all.
+    Differs from the reference: the network between the transforms is dense in the modes, with residual layers and a
+    linear part beside them; the band is that of the lowest frequencies; the basis is given for each axis, where the
+    paper has the DCT for all.
     """
 
     recurrence: ClassVar[tuple[str, ...]] = ()
     resets: ClassVar[bool] = False
 
     layers: tuple[eqx.nn.Linear, ...]
+    V: Float[Array, "out_band in_band"]
     bases: tuple[AbstractBasis, ...]
     modes: tuple[int, ...] = eqx.field(static=True)
     in_channels: int = eqx.field(static=True)
@@ -96,6 +98,7 @@ class TransformOnce(AbstractLayer):
             *(_dense(hidden, hidden, 1 / fan_in, key) for key in keys),
             _dense(hidden, out_channels * band, 1 / (fan_in * band), last_key),
         )
+        self.V = jnp.zeros((out_channels * band, in_channels * band), self.layers[0].weight.dtype)
         self.bases, self.modes = tuple(bases), tuple(modes)
         self.in_channels, self.out_channels = in_channels, out_channels
 
@@ -112,13 +115,14 @@ class TransformOnce(AbstractLayer):
 
     def _learned(self, band):
         """In the precision of the parameters, or in float32 where that is lower."""
-        dtype = np.promote_types(self.layers[0].weight.dtype, np.float32)
+        dtype = np.promote_types(self.V.dtype, np.float32)
         first, *middle, last = cast(self.layers, dtype)
         gelu = lambda h: jax.nn.gelu(h, approximate=False)
-        h = linear(first, band.astype(dtype))
+        band = band.astype(dtype)
+        h = linear(first, band)
         for layer in middle:
             h = (h + linear(layer, gelu(h))) / math.sqrt(2)
-        return linear(last, gelu(h))
+        return linear(last, gelu(h)) + times_transposed(band, self.V.astype(dtype))
 
 
 def _dense(num_in, num_out, variance, key):

@@ -3,7 +3,6 @@
     python experiments/operators.py                               # both equations: 5 minutes of one core
     python experiments/operators.py --equations heat --seeds 3    # one of them, with error bars
     python experiments/operators.py --run runs/mine --resume      # goes on where it was stopped
-    python experiments/operators.py --plot operators.png          # the picture into this file too
     python experiments/operators.py --help                        # every setting
 
 Two operators are learned from pairs of fields: Burgers' equation on a circle, from a smooth field to the fronts that it
@@ -15,9 +14,9 @@ The hidden units of Transform Once are as many as make its parameters those of t
 The learning rate, 1e-2, is the best of 1e-3, 3e-3, 1e-2 and 3e-2 on Burgers for both models (`--steps 1000 --t1-lr ...
 --fno-lr ...`); on heat both are a tenth better at 3e-2.
 
-The table has the mean relative L2 error on unseen examples after the last step, on the grid of training and on one
-twice as fine; and medians of the time of a step and of a forward pass on one batch, both models in turns. Folders of
-finished models are kept, and are not computed again. The last line of standard output is all of it as JSON.
+The table has the mean relative L2 error on unseen examples, on the grid of training and on one twice as fine; and
+medians of the time of a step and of a forward pass on one batch, both models in turns. Finished models are kept, and
+not computed again. The last line of standard output is all of it as JSON.
 """
 
 import dataclasses
@@ -160,7 +159,7 @@ def matching_hidden(parameters: int, modes: int, num_layers: int) -> int:
     count = lambda h: (2 * modes + 1) * h + (modes + 1) * modes + max(num_layers - 2, 0) * (h + 1) * h
     if count(1) > parameters:
         raise ValueError(
-            f"Transform Once has at least {count(1):,} parameters with {modes} modes, and the Fourier neural operator has "
+            f"with {modes} modes Transform Once has at least {count(1):,} parameters, the Fourier neural operator "
             f"{parameters:,}; keep a smaller band, or give the latter more width"
         )
     return next(h for h in itertools.count(1) if count(h + 1) > parameters)

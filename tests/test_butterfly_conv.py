@@ -8,8 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import mixers
 import numpy as np
 import pytest
+import test_mixer_law
 from jax.test_util import check_grads
 
 from s5eqx import nn, ops
@@ -131,6 +133,14 @@ def test_layers_use_what_is_chosen(x64):
     assert call._cache_size() == 4
     np.testing.assert_array_equal(call(x), with_fft)
     assert uses_fft(lambda x: layer(x), x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in mixers.CASES.items() if case.fft])
+def test_the_law_of_a_mixer(name, key, x64):
+    """Parallel, in chunks and step by step, with all gradients, of every layer that convolves."""
+    with ops.use_convolution(Monarch(3)):
+        test_mixer_law.test_chunks_and_steps_equal_the_whole(mixers.CASES[name], key, x64)
 
 
 def temporaries(algorithm, channels):

@@ -100,6 +100,8 @@ def test_assoc_recall_refuses(words, complaint, tmp_path, monkeypatch):
         ("bench_train", "--chunk 0", "chunk must be at least 1"),
         ("bench_train", "--plot nowhere/out.png", "plot must be a file in a folder that exists"),
         ("bench_generate", "--lengths 64 0", r"lengths must be at least 1, got \(64, 0\)"),
+        ("bench_conv", "--lengths", "lengths must have at least one entry"),
+        ("bench_conv", "--channels 0", "channels must be at least 1, got 0"),
     ],
 )
 def test_benchmarks_refuse(script, words, complaint, tmp_path, monkeypatch):
@@ -147,6 +149,21 @@ def test_generation_is_measured(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_convolutions_are_measured(tmp_path):
+    words = ("--lengths", 60, 100, "--channels", 3, "--batch", 2, "--repeats", 1)
+    words += ("--json", "out.json", "--plot", "out.png")
+    code, output, errors = run(ROOT / "experiments/bench_conv.py", *words, folder=tmp_path)
+    assert code == 0, errors
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["length"] for row in rows] == [60, 100] and output.count("\n| 100 |") == 5
+    for row in rows:
+        assert all(error < 2e-6 for error in row["error"].values())
+        assert all(value > 0 for name in ("value", "gradients") for value in row[name]["seconds"].values())
+        assert any(name in row["measured"] for name in ("FFT", "Monarch"))
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
 def example_of_the_readme(number):
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
 
@@ -156,6 +173,14 @@ def test_the_example_of_the_readme(tmp_path):
     code, output, errors = run("example.py", folder=tmp_path)
     assert code == 0, errors
     assert float(output.splitlines()[0]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_fields_of_the_readme(tmp_path):
+    (tmp_path / "fields.py").write_text(example_of_the_readme(-1) + "print(logits.shape)\n")
+    code, output, errors = run("fields.py", folder=tmp_path)
+    assert code == 0, errors
+    assert output == "(64, 64, 1) (128, 128, 1)\n(10,)\n"
 
 
 @pytest.mark.slow

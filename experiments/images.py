@@ -124,6 +124,7 @@ def of_hub(s: Settings) -> Images:
     return read_images(s.hub, image=s.columns[0], label=s.columns[1], seed=s.seed)
 
 
+@functools.cache
 def task(s: Settings, size: int) -> Shapes | Images:
     if s.hub is None:
         return Shapes(size=size, **s.data)

@@ -126,7 +126,7 @@ class Where(Place):
     """Draw the picture into this file too."""
 
 
-PRESETS = {"tiny": Settings()}
+PRESETS = {"both": Settings()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,6 +81,21 @@ def test_empty(algorithm):
         np.testing.assert_array_equal(y, np.zeros((length, 2)))
 
 
+@pytest.mark.parametrize("shape, taps", [((0, 2), 3), ((2, 0), 3), ((4, 2), 0), ((0, 4, 2), 3)])
+def test_empty_blocks(shape, taps):
+    blocks = ops.dft_blocks((4, 2), np.float32)
+    y = ops.butterfly_conv(jnp.ones(shape), jnp.ones((taps, shape[-1])), blocks, blocks)
+    np.testing.assert_array_equal(y, np.zeros(shape))
+
+
+def test_three_passes_take_no_long_prime():
+    """Whose transform would take several times as long."""
+    shape = jax.ShapeDtypeStruct((65_528, 1), jnp.float32)  # 8,191 for each of 16 rows, were it not rounded up
+    convolve = functools.partial(ops.causal_convolution, algorithm=ThreePass(16))
+    assert "8192" in str(jax.make_jaxpr(convolve)(shape, shape))
+    assert "8191" not in str(jax.make_jaxpr(convolve)(shape, shape))
+
+
 @every_algorithm
 def test_gradients(algorithm, x64):
     """Of input and kernel, and values where both are mapped."""
@@ -154,10 +169,8 @@ def temporaries(algorithm, channels):
 
 @pytest.mark.parametrize("algorithm", [FFT(), Monarch(3)], ids=repr)
 def test_groups_of_channels_bound_the_memory(algorithm):
-    """Of value and gradient, in units of the input: what is put in groups and what comes out of them, whatever the
-    algorithm, and next to nothing beside."""
-    assert temporaries(algorithm, 32) > 8
-    assert temporaries(Chunked(algorithm, 1), 32) < 6
+    """Of value and gradient: what is put in groups and what comes out of them, and next to nothing beside."""
+    assert temporaries(Chunked(algorithm, 1), 32) < 0.6 * temporaries(algorithm, 32)
 
 
 class Slow(ops.AbstractConvAlgorithm):
@@ -203,6 +216,7 @@ def test_measured_is_for_one_process(monkeypatch):
     [
         (lambda: Monarch(1), "at least 2; got 1"),
         (lambda: ThreePass(1), "at least 2; got 1"),
+        (lambda: Monarch(precision="hihgest"), "hihgest"),
         (lambda: Chunked(FFT(), 0), "at least 1; got 0"),
         (lambda: ops.dft_blocks((4, 0)), r"at least 1; got \(4, 0\)"),
         (lambda: nn.ButterflyConv(0, 8, key=jr.key(0)), "positive; got width=0, max_length=8"),

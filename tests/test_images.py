@@ -145,6 +145,8 @@ def test_images_that_cannot_be_are_refused():
         corpus(seed=-1)
     with pytest.raises(ValueError, match="for training and for the test; got 0 and 5"):
         Images(pixels(0, 4, 6, 3), np.arange(0), pixels(5, 4, 6, 3), np.arange(5))
+    with pytest.raises(ValueError, match="classes count from 0; got -1"):
+        Images(pixels(7, 4, 6, 3), np.arange(7), pixels(5, 4, 6, 3), np.full(5, -1))
 
 
 @pytest.fixture
@@ -293,7 +295,10 @@ def test_what_does_not_fit_is_named(key):
     for sizes in ((0, D, CLASSES), (F, 0, CLASSES), (F, D, 0)):
         with pytest.raises(ValueError, match=r"must be positive|num_classes must be at least 1"):
             GridClassifier(*sizes, (layer(4, 2),), key=key)
-    with pytest.raises(ValueError, match="num_axes=2 takes so many axes"):
+    for mixer in (lambda key: nn.S4D(4, 4, key=key), lambda key: nn.S5(4, 4, key=key)):
+        with pytest.raises(TypeError, match="parameter 'layer'"):
+            GridClassifier(F, D, CLASSES, mixer, num_layers=1, key=key)
+    with pytest.raises(ValueError, match="the axes of its grid, 2 here"):
         drawn(classifier, key)(jnp.ones((4, F)))
 
 

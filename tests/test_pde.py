@@ -219,3 +219,5 @@ def test_the_error_is_relative_to_each_target(x64):
     zero = np.sqrt(np.sum(inputs[2] ** 2))
     assert found.total == pytest.approx(2 * 0.5 + zero, abs=1e-12) and found.weight == 4
     assert gradient == pytest.approx(2 * 1.5 + zero, abs=1e-12)
+    with pytest.raises(ValueError, match=r"of the shape of its targets, \(3, 2, 1\); got \(2, 3, 1\)"):
+        loss(lambda x, key: jnp.swapaxes(x, 0, 1), batch)

@@ -41,6 +41,10 @@ class Images(AbstractCorpus):
             raise ValueError(
                 f"there must be images for training and for the test; got {len(training)} and {len(evaluated)}."
             )
+        if (least := min(labels.min(), evaluated_labels.min())) < 0:
+            raise ValueError(
+                f"classes count from 0; got {least}. A test whose answers are withheld often has -1: take another."
+            )
         height, width = training.shape[1:3]
         if factor < 1 or height % factor or width % factor:
             raise ValueError(f"factor must divide both sides of images of {height} x {width} pixels; got {factor}.")
@@ -108,7 +112,12 @@ def read_images(name: str, *, image: str = "img", label: str = "label", factor: 
                 f"the data set {name} must have the splits train and test with columns {image} and {label}; it has "
                 f"{given}."
             )
-        images = [np.asarray(picture) for picture in found[split][image]]
+        pictures = list(found[split][image])
+        if other := {picture.mode for picture in pictures} - {"L", "RGB", "RGBA"}:
+            raise ValueError(
+                f"the images of {name} must be grey or in colours, of 8 bits; {split} has some of mode {sorted(other)}."
+            )
+        images = [np.asarray(picture) for picture in pictures]
         if len(forms := {(pixels.dtype.name, *pixels.shape) for pixels in images}) != 1:
             raise ValueError(f"the images of {name} must be of one size and kind; {split} has {sorted(forms)[:3]}.")
         stacked = np.stack(images)

@@ -54,6 +54,7 @@ def burgers(u: Float[Array, "*batch n"], viscosity: float, time: float, *, num_s
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}.")
+    u = jnp.asarray(u)
     n, h = u.shape[-1], time / num_steps
     f = np.arange(n // 2 + 1)
     like = lambda a: jnp.broadcast_to(jnp.asarray(a, np.promote_types(u.dtype, np.complex64)), (*u.shape[:-1], len(f)))
@@ -142,7 +143,7 @@ class AbstractOperatorTask(AbstractCorpus):
         return self._made(TEST, self.num_test)
 
     def _made(self, stream: int, count: int) -> tuple[Float[np.ndarray, "count *grid 1"], ...]:
-        # The generator is named, so that JAX's settings do not change the data.
+        # The generator is named, so that JAX's default does not change the data.
         key = jr.fold_in(jr.key(self.seed, impl="threefry2x32"), stream)
         draw = jax.jit(jax.vmap(lambda i: self.draw(jr.fold_in(key, i))))
         pieces = [draw(start + np.arange(CHUNK, dtype=np.int32)) for start in range(0, count, CHUNK)]

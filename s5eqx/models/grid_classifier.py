@@ -10,6 +10,7 @@ from s5eqx.models._head import dense, wide
 from s5eqx.models._parts import count_layers
 from s5eqx.models.init import AbstractInit, DefaultInit
 from s5eqx.models.pool import MeanPool
+from s5eqx.nn._grid import check_field
 from s5eqx.nn._random import split
 from s5eqx.nn.grid_residual import GridResidual
 from s5eqx.nn.linear import linear
@@ -65,11 +66,6 @@ class GridClassifier(eqx.Module):
         num_layers = count_layers(mixer, num_layers)
         encoder_key, mixer_key, mlp_key, decoder_key, init_key = jr.split(key, 5)
         mixers = mixer if isinstance(mixer, tuple) else tuple(map(mixer, jr.split(mixer_key, num_layers)))
-        if len({layer.num_axes for layer in mixers}) > 1:
-            raise ValueError(
-                "All mixers must act on the same axes; got num_axes of "
-                f"{', '.join(str(layer.num_axes) for layer in mixers)}. Build them with the same."
-            )
         branches: list[S4ND | MLP] = []
         for layer, layer_key in zip(mixers, jr.split(mlp_key, num_layers), strict=True):
             branches += [layer] if mlp_width is None else [layer, MLP(width, mlp_width, key=layer_key)]
@@ -79,6 +75,11 @@ class GridClassifier(eqx.Module):
             init.block(branch_key, GridResidual(width, branch, dropout=dropout, tie_dropout=tie_dropout), len(branches))
             for branch, branch_key in zip(branches, branch_keys, strict=True)
         )
+        if len({layer.num_axes for layer in mixers}) > 1:
+            raise ValueError(
+                "All mixers must act on the same axes; got num_axes of "
+                f"{', '.join(str(layer.num_axes) for layer in mixers)}. Build them with the same."
+            )
         self.norm = eqx.nn.LayerNorm(width)
         self.decoder = init.block(out_key, dense(width, num_classes, "num_classes", decoder_key), 1)
 
@@ -91,6 +92,9 @@ class GridClassifier(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, " classes"]:
         """**Arguments:** `rate` as for `S4ND`."""
+        first = self.residuals[0].layer
+        assert isinstance(first, S4ND)
+        check_field(x, first.num_axes, self.encoder.weight.shape[1])
         h = linear(self.encoder, x.astype(self.encoder.weight.dtype))
         for residual, residual_key in zip(self.residuals, split(key, len(self.residuals)), strict=True):
             h = residual(h, rate=rate, key=residual_key)

@@ -124,10 +124,12 @@ class DiagonalSSM(AbstractDiagonalSSM):
         multiplies `Delta`. A `bandlimit` drops what it dropped in training whatever the rate, for that was never
         trained, and all else was.
         """
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate must be positive, as 0.5 for a grid of twice the resolution; got {rate}.")
         width = len(self.log_Delta)
         A = _rows(lax.complex(-self.real_part(self.A_real), self.A_imag), width)
         Delta = jnp.broadcast_to(jnp.exp(self.log_Delta)[:, None], A.shape)
-        dA, gain = (z.reshape(A.shape) for z in self.discretisation(A.reshape(-1), rate * Delta.reshape(-1)))
+        dA, gain = (z.reshape(A.shape) for z in self.discretisation(A.reshape(-1), float(rate) * Delta.reshape(-1)))
         C = as_complex(self.C)
         if self.B is None:
             dB, C = jnp.ones_like(gain), gain[None] * C

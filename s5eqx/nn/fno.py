@@ -24,7 +24,8 @@ class FNOBlock(AbstractLayer):
     Along the last axis of the grid frequencies 0 to `modes - 1` are kept. Along the axes before it the negative ones
     count too, from `-modes` to `modes - 1`.
 
-    `R` is stored as (re, im) pairs, uniform in [0, 1 / D^2) at the start.
+    `R` is stored as (re, im) pairs, uniform in [0, 1 / D^2) at the start. The output has the dtype of the parameters,
+    float32 at least.
 
     Source: Li et al., "Fourier Neural Operator for Parametric Partial Differential Equations" (arXiv 2010.08895).
 

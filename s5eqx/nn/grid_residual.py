@@ -23,6 +23,7 @@ class GridResidual(eqx.Module):
     dropout: eqx.nn.Dropout
     tie_dropout: bool = eqx.field(static=True)
 
+    @checked
     def __init__(self, width: int, layer: S4ND | MLP, *, dropout: float = 0.0, tie_dropout: bool = False):
         """**Arguments:**
 

@@ -1,6 +1,5 @@
 """S4ND: state-space kernels along each axis of an image or a video, and their product on its grid."""
 
-import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -136,13 +135,12 @@ class S4ND(AbstractReadOut):
         """**Arguments:** `rate`, the spacing of the samples in units of that in training, on all axes or on each: 0.5
         on a grid of twice the resolution."""
         grid, rates = x.shape[:-1], _for_each_axis(rate, self.num_axes, "rate")
-        if len(grid) != self.num_axes or 0 in grid:
+        if len(grid) != self.num_axes or 0 in grid or x.shape[-1] != self.D.shape[1]:
             raise ValueError(
-                f"An S4ND of num_axes={self.num_axes} takes so many axes, none of them empty, and the channels; "
-                f"got an input of shape {x.shape}. Build it with other num_axes, or batch it with `jax.vmap`."
+                f"An S4ND of num_axes={self.num_axes} takes so many axes, none of them empty, and "
+                f"{self.D.shape[1]} channels; got an input of shape {x.shape}. Build it with other num_axes or another "
+                "width, or batch it with `jax.vmap`."
             )
-        if not min(rates) > 0:
-            raise ValueError(f"rate must be positive, as 0.5 for a grid of twice the resolution; got {rate}.")
         u = jnp.moveaxis(jnp.asarray(x).astype(np.promote_types(self.D.dtype, np.float32)), -1, 0)
         sizes = tuple(int(scipy.fft.next_fast_len(2 * n - 1, real=True)) for n in grid)  # pyright: ignore
         spectrum = self._spectrum(grid, rates, sizes)
@@ -171,11 +169,10 @@ class S4ND(AbstractReadOut):
             zeros = jnp.zeros((*k.shape[:-1], size - k.shape[-1]), k.dtype)
             k = jnp.concatenate([k[..., :length], zeros, k[..., length:]], axis=-1)
             is_last = axis == self.num_axes - 1  # whose negative frequencies the real transform leaves out
-            factor = jnp.fft.rfft(k) if is_last else jnp.fft.fft(k)
-            others = tuple(3 + other for other in range(self.num_axes) if other != axis)
-            factors.append(jnp.expand_dims(factor, others))
-        products = [functools.reduce(jnp.multiply, term) for term in zip(*factors, strict=True)]
-        return functools.reduce(jnp.add, products) / self.rank
+            factors.append(jnp.fft.rfft(k) if is_last else jnp.fft.fft(k))
+        axes = "xyz"[: self.num_axes]
+        terms = ",".join(f"rcd{axis}" for axis in axes)
+        return jnp.einsum(f"{terms}->cd{axes}", *factors, precision="highest") / self.rank
 
 
 def _for_each_axis(value, num_axes, name):

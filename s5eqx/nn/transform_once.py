@@ -29,7 +29,8 @@ class TransformOnce(AbstractLayer):
         h_i = (h_{i-1} + W_i gelu(h_{i-1}) + b_i) / sqrt2        for each of num_layers - 2
         y   = T' (W gelu(h) + b + V T u)
 
-    `V`, the linear part of the operator, starts at 0. It runs on any grid that has these modes.
+    `V`, the linear part of the operator, starts at 0. The layer runs on any grid that has these modes. The output has
+    the dtype of the parameters, float32 at least.
 
     The weights start such that the output field has the mean square of the input field, about 1, though only a band of
     it is seen. The coefficients of the band have `kept_energy` of the square of the field, and the output has all of

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import scipy.fft
 from jax import lax
 
-from s5eqx._typing import Array, Float
+from s5eqx._typing import Array, Float, checked
 
 
 class AbstractConvAlgorithm(eqx.Module):
@@ -35,8 +35,8 @@ class FFT(AbstractConvAlgorithm):
 
 
 class Chunked(AbstractConvAlgorithm):
-    """Another algorithm on so many channels at a time, one group after the other, so that what it needs beside its
-    inputs and outputs is bounded. A gradient computes each group again.
+    """Another algorithm on so many channels at a time, one group after the other. What it needs is bounded, but for
+    inputs and outputs and one copy of each. A gradient computes each group again.
 
     Channels do not hear each other, so that groups of them cost no more work, which pieces of the length would.
     """
@@ -44,6 +44,7 @@ class Chunked(AbstractConvAlgorithm):
     algorithm: AbstractConvAlgorithm
     channels: int
 
+    @checked
     def __init__(self, algorithm: AbstractConvAlgorithm, channels: int):
         if channels < 1:
             raise ValueError(f"channels counts those of a group and must be at least 1; got {channels}.")
@@ -55,11 +56,11 @@ class Chunked(AbstractConvAlgorithm):
     ) -> Float[Array, "*batch L D"]:
         done = u.shape[-1] // self.channels * self.channels
         y = []
+        one = eqx.filter_checkpoint(lambda u, k: self.algorithm(u, k, period))
         if done:
             groups = lambda a: jnp.moveaxis(a[..., :done].reshape(*a.shape[:-1], -1, self.channels), -2, 0)
-            one = eqx.filter_checkpoint(lambda u, k: self.algorithm(u, k, period))
             each = lax.map(lambda group: one(*group), (groups(u), groups(k)))
             y.append(jnp.moveaxis(each, 0, -2).reshape(*u.shape[:-1], done))
         if done < u.shape[-1]:
-            y.append(self.algorithm(u[..., done:], k[..., done:], period))
+            y.append(one(u[..., done:], k[..., done:]))
         return y[0] if len(y) == 1 else jnp.concatenate(y, axis=-1)

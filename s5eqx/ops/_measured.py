@@ -1,6 +1,7 @@
 """Which algorithm of a long convolution is the fastest here."""
 
 import functools
+import math
 import statistics
 import time
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from s5eqx._typing import Array, Float
+from s5eqx._typing import Array, Float, checked
 from s5eqx.ops._conv_algorithm import FFT, AbstractConvAlgorithm
 from s5eqx.ops.butterfly_conv import Monarch
 
@@ -22,11 +23,12 @@ class Measured(AbstractConvAlgorithm):
     other on the default device, value and gradient, and what wins is kept for the process.
 
     Under `jax.vmap` a call, and so a measurement, is one example. Which one wins may differ from run to run where they
-    are close, and with it the last bits of results.
+    are close, and with it the last bits of results. One that runs out of memory loses.
     """
 
     candidates: tuple[AbstractConvAlgorithm, ...]
 
+    @checked
     def __init__(self, *candidates: AbstractConvAlgorithm):
         """**Arguments:** the candidates; `FFT(), Monarch(2), Monarch(3)` if there are none."""
         self.candidates = candidates or (FFT(), Monarch(2), Monarch(3))
@@ -45,7 +47,9 @@ class Measured(AbstractConvAlgorithm):
                 f"Measured chooses in one process, and each of {jax.process_count()} could choose differently. Measure "
                 "in one alone, and give all of them the algorithm that `fastest` returned."
             )
-        return _race(self.candidates, _Problem(u, k, period, np.dtype(dtype).name, jax.default_backend()))
+        device = jax.config.jax_default_device  # pyright: ignore  # a device, the name of a platform, or None
+        platform = getattr(device, "platform", device) or jax.default_backend()
+        return _race(self.candidates, _Problem(u, k, period, np.dtype(dtype).name, platform))
 
 
 class _Problem(NamedTuple):
@@ -64,14 +68,8 @@ def _race(candidates, problem):
     with jax.ensure_compile_time_eval():  # a call may be under trace, a measurement is not
         u, k = (jnp.asarray(rng.standard_normal(shape), problem.dtype) for shape in (problem.u, problem.k))
         programs = [jax.jit(_value_and_gradient(candidate, problem.period)) for candidate in candidates]
-        seconds = [[] for _ in programs]
-        for round_ in range(_ROUNDS + 1):
-            for times, program in zip(seconds, programs, strict=True):
-                start = time.perf_counter()
-                jax.block_until_ready(program(u, k))
-                if round_:  # the one before compiles
-                    times.append(time.perf_counter() - start)
-    medians = [statistics.median(times) for times in seconds]
+        rounds = [[_seconds(program, u, k) for program in programs] for _ in range(1 + _ROUNDS)]
+    medians = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]  # the first one compiles
     return candidates[medians.index(min(medians))]
 
 
@@ -81,3 +79,14 @@ def _value_and_gradient(algorithm, period):
         return y, back(y)
 
     return program
+
+
+def _seconds(program, u, k):
+    start = time.perf_counter()
+    try:
+        jax.block_until_ready(program(u, k))
+    except jax.errors.JaxRuntimeError as failure:
+        if "RESOURCE_EXHAUSTED" not in str(failure):
+            raise
+        return math.inf
+    return time.perf_counter() - start

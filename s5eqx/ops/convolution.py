@@ -51,7 +51,7 @@ def causal_convolution(
 @contextlib.contextmanager
 @checked
 def use_convolution(algorithm: AbstractConvAlgorithm) -> Iterator[None]:
-    """Computes all long convolutions traced inside the `with` block, those in layers too, by `algorithm`.
+    """Computes every `causal_convolution` traced inside the `with` block, those in layers too, by `algorithm`.
 
     A jitted function called under another algorithm is compiled anew, never served from the cache.
     """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Key
 
@@ -103,7 +104,12 @@ def relative_error(
     `key` is as for `label`.
     """
     found = each_row(lambda x, key: model(x, key=key), jnp.asarray(batch.inputs), row_keys(key, len(batch.inputs)))
-    found = found.reshape(len(found), -1)
+    if found.shape != batch.targets.shape:
+        raise ValueError(
+            f"An operator must give fields of the shape of its targets, {batch.targets.shape[1:]}; got "
+            f"{found.shape[1:]}. Build it for as many channels, and run it on the grid of the targets."
+        )
+    found = found.astype(np.promote_types(found.dtype, np.float32)).reshape(len(found), -1)
     weights, targets = (jnp.asarray(a, found.dtype) for a in (batch.weights, batch.targets))
     targets = targets.reshape(found.shape)
     miss = jnp.where((weights > 0)[:, None], found - targets, 0)

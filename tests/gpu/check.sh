@@ -110,9 +110,9 @@ sanitize)
   ;;
 bench)
   py "what is timed" -c "$says_what_it_is" "$installed"
-  py "bench" "$root/tests/gpu/bench.py" --json "$work/bench.json" --seconds $((limit - 200 - SECONDS)) || true
+  py "bench" "$root/tests/gpu/bench.py" --json "$work/bench.json" --seconds $((limit - 250 - SECONDS)) || true
   py "bench ssm" "$root/tests/gpu/bench_ssm.py" || true
-  py "bench conv" "$root/tests/gpu/bench_conv.py" || true
+  py "bench conv" "$root/tests/gpu/bench_conv.py" --seconds $((limit - 30 - SECONDS)) || true
   sed -n '/^- date/,$p' "$work"/logs/bench-bench{,_ssm,_conv}.log >"$work/bench.md"
   rows+=("| table | | $work/bench.md |")
   ;;

@@ -11,6 +11,7 @@ from test_butterfly_conv import (
     test_groups_of_channels_bound_the_memory,
     test_it_starts_as_the_causal_convolution,
     test_layers_use_what_is_chosen,
+    test_measured_takes_the_fastest,
 )
 from test_convolution import test_causal_convolution, test_dtypes
 

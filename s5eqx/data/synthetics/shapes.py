@@ -103,4 +103,5 @@ class Shapes(AbstractSynthetic):
         kx, ky, phase = CYCLES * u[0], CYCLES * u[1], u[2] / 2
         right, down = places[:, None] * kx[None] + phase[None], places[:, None] * ky[None]
         shares = jnp.sinc(kx / self.size) * jnp.sinc(ky / self.size)  # that a wave keeps in the mean over a pixel
-        return jnp.cos(2 * math.pi * (right[None] + down[:, None])) @ (amplitudes * shares)
+        waves = jnp.cos(2 * math.pi * (right[None] + down[:, None]))
+        return jnp.matmul(waves, amplitudes * shares, precision="highest")

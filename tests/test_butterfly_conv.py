@@ -216,7 +216,6 @@ def test_measured_is_for_one_process(monkeypatch):
     [
         (lambda: Monarch(1), "at least 2; got 1"),
         (lambda: ThreePass(1), "at least 2; got 1"),
-        (lambda: Monarch(precision="hihgest"), "hihgest"),
         (lambda: Chunked(FFT(), 0), "at least 1; got 0"),
         (lambda: ops.dft_blocks((4, 0)), r"at least 1; got \(4, 0\)"),
         (lambda: nn.ButterflyConv(0, 8, key=jr.key(0)), "positive; got width=0, max_length=8"),

@@ -51,7 +51,7 @@ class Monarch(AbstractConvAlgorithm):
         if order < 2:
             raise ValueError(f"order counts the factors of the transform and must be at least 2; got {order}.")
         self.order = order
-        self.precision = _known(precision)
+        self.precision = precision
 
     def __call__(
         self, u: Float[Array, "*batch L D"], k: Float[Array, "K D"], period: int
@@ -72,7 +72,7 @@ class ThreePass(AbstractConvAlgorithm):
         if rows < 2:
             raise ValueError(f"rows counts the pieces of the transform and must be at least 2; got {rows}.")
         self.rows = rows
-        self.precision = _known(precision)
+        self.precision = precision
 
     def __call__(
         self, u: Float[Array, "*batch L D"], k: Float[Array, "K D"], period: int
@@ -132,11 +132,6 @@ def dft_blocks(factors: tuple[int, ...], dtype: DTypeLike = np.float64) -> tuple
         raise ValueError(f"factors must be one or more sizes of at least 1; got {factors}.")
     first, *others = factors
     return tuple(np.asarray(block, dtype) for block in (_dft(first)[: first // 2 + 1], *map(_dft, others)))
-
-
-def _known(precision):
-    lax.Precision(precision)  # names those that there are, where this is none
-    return precision
 
 
 def _dft(n):

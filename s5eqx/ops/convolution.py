@@ -22,7 +22,7 @@ def causal_convolution(
     *,
     algorithm: AbstractConvAlgorithm | None = None,
 ) -> Float[Array, "*batch L D"]:
-    """`y[t] = sum_j k[j] u[t-j]` for each channel, in O(L log L).
+    """`y[t] = sum_j k[j] u[t-j]` for each channel, in O(L log L) by an FFT.
 
     **Arguments:**
 

@@ -19,7 +19,6 @@ LIGHT = 0.15
 CYCLES = 1.5
 """The most cycles of a wave on each axis of the picture."""
 
-
 REACH = 1.2
 """How far from its middle a shape extends, in units of its radius."""
 

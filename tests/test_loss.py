@@ -150,6 +150,7 @@ def test_pieces_are_those_of_a_loop(build, size, length, key):
     assert np.linalg.norm(flat - cut) > 0.01 * np.linalg.norm(flat)
 
 
+@pytest.mark.slow
 def test_pieces_on_two_devices(model):
     model = eqx.nn.inference_mode(model)
     batch = tiny.TASK.train(jnp.arange(4))

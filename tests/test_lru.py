@@ -58,6 +58,7 @@ def test_rg_lru_is_its_recurrence(key, x64):
     np.testing.assert_allclose(quick_jit(layer)(x), expected, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_rg_lru_starts_slow(key, x64):
     a = sigmoid(np.asarray(nn.RGLRU(4000, key=key).Lambda)) ** 8
     assert 0.9 <= a.min() < 0.901 and 0.998 < a.max() <= 0.999

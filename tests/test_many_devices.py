@@ -55,7 +55,11 @@ def expected(model):
 
 @pytest.mark.parametrize(
     "data, sequence, parts, loss",
-    [(2, 1, 2, next_token), (1, 2, 2, partial(next_token, logits_chunk=4)), (0, 0, 4, next_token)],
+    [
+        (2, 1, 2, next_token),
+        pytest.param(1, 2, 2, partial(next_token, logits_chunk=4), marks=pytest.mark.slow),
+        (0, 0, 4, next_token),
+    ],
 )
 def test_parts_and_devices_have_the_gradient_of_the_whole(data, sequence, parts, loss, model, expected):
     """With weights, with resets, and with blocks in a loop that are computed again."""

@@ -187,6 +187,7 @@ def test_initialisers_know_the_depth_of_a_stack(init, key):
     assert_close(unstack(stacked), plain, 1e-6)
 
 
+@pytest.mark.slow
 def test_casts_and_masks_reach_into_a_stack(key):
     stacked, plain = (compiled(key, stack=stack) for stack in (True, False))
     cast = lambda model: nn.cast(model, jnp.bfloat16)

@@ -316,6 +316,7 @@ def test_spectral_radius_is_the_largest_of_all_layers(model, key):
     assert float(spectral_radius(layer)) > 1.0
 
 
+@pytest.mark.slow
 def test_spectral_radius_reaches_into_a_stack(key):
     build = lambda mixer: lambda key: LanguageModel(5, 4, mixer, num_layers=3, mlp_width=4, stack=True, key=key)
     model = eqx.filter_jit(build(lambda key: S5(4, 4, key=key)))(key)

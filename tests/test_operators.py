@@ -19,7 +19,7 @@ from s5eqx.nn import TransformOnce
 
 SCRIPT = ROOT / "experiments/operators.py"
 TINY = shlex.split(
-    "--burgers-width 6 --burgers-band 8 --heat-width 4 --heat-band 4 --fno-layers 2 --t1-layers 3 --num-examples 60 "
+    "--burgers-width 6 --burgers-band 8 --heat-width 8 --heat-band 4 --fno-layers 2 --t1-layers 3 --num-examples 60 "
     "--num-test 20 --steps 120 --eval-every 40 --checkpoint-every 40 --warmup 5 --steps-per-dispatch 10 --repeats 1"
 )
 

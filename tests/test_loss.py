@@ -230,6 +230,7 @@ def test_logits_come_in_pieces_of_their_own(model):
         next_token(model, batch, chunk=2, logits_chunk=4)
 
 
+@pytest.mark.slow
 def test_packed_sequences_are_scored_one_by_one(model):
     """A row of two sequences, flagged where the second begins, has the score of both; in pieces as well."""
     model, batch = eqx.nn.inference_mode(model), tiny.TASK.train(jnp.arange(2))

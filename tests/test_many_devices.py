@@ -79,6 +79,7 @@ def test_devices_where_errors_are_checked_as_it_runs():
         np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dense_maths_in_bfloat16(model, expected):
     """Parameters, score and gradient stay float32; the gradient is near that of float32."""
     ours = gradient(model, packed(4, 12), loss=partial(next_token, logits_chunk=5), dtype=jnp.bfloat16)

@@ -310,6 +310,7 @@ LEVELS = ("generic", "x86-64-v3", "x86-64-v4")
 
 @native
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.slow
 def test_every_instruction_set(level):
     """The same checks as in test_scan.py and test_ssm_kernel.py, on the code for older processors."""
     best = next(name for name in LEVELS if CPU.detail.endswith(name))

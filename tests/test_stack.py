@@ -170,6 +170,7 @@ def test_a_stack_compiles_alike_at_every_depth():
 
 
 @pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.slow
 def test_rematerialisation_keeps_less(stack, key):
     def kept(remat):
         model = compiled(key, stack=stack, remat=remat)

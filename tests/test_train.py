@@ -275,6 +275,7 @@ def test_the_state_is_donated(trainer):
     assert all(leaf.is_deleted() for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_the_examples_asked_for(trainer):
     leaves = trainer.init()
     model = eqx.nn.inference_mode(trainer.unflatten(leaves).model)

@@ -22,6 +22,12 @@ class Place:
     """Delete the run in that folder first."""
 
 
+def check_file(name: str, file: Path | None) -> None:
+    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"{name} must be a file in a folder that exists, got {file}")
+
+
 def parse(
     presets: Mapping[str, Settings], place: Where, description: str | None, argv: list[str]
 ) -> tuple[str, Settings, Where]:

@@ -6,6 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
+from _command import check_file
 from _timing import where
 
 PAGE = "REPRODUCE.md"
@@ -78,8 +79,7 @@ def machine(versions: dict[str, str]) -> str:
 
 def check_page(page: Path) -> None:
     """Refuses what is no page of results, before anything is computed."""
-    if not page.absolute().parent.is_dir() or page.is_dir():
-        raise ValueError(f"record must be a file in a folder that exists, got {page}")
+    check_file("record", page)
     if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
         raise ValueError(f"record must be a page that these scripts wrote, or a new file; {page} is another file")
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _command import parse
+from _command import check_file, parse
 from _language_models import PRESETS
 from wikitext103 import Where
 
@@ -120,8 +120,7 @@ def main(words: list[str]):
     if s.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {s.seeds}")
     for name, file in (("plot", s.plot), ("json", s.json)):
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise ValueError(f"{name} must be a file in a folder that exists, got {file}")
+        check_file(name, file)
     given = [*([] if s.data is None else ["--data", s.data]), *words[cut + 1 :]]
     found = {preset: compare(preset, s.rates, s.seeds, s.folder, given) for preset in s.presets}
     print(table(found, s.seeds))

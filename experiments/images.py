@@ -25,7 +25,7 @@ from pathlib import Path
 import equinox as eqx
 import numpy as np
 import tyro
-from _command import Place, parse
+from _command import Place, check_file, parse
 from _models import TrainSettings, groups
 from _reproduce import write
 from _training import RESULT, train_one
@@ -254,8 +254,7 @@ def train(preset: str, s: Settings, where: Where) -> dict | None:
             f"bandlimits must be at least one, and each of them once, and test_sizes at least one; got {s.bandlimits} "
             f"and {s.test_sizes}"
         )
-    if where.plot is not None and not where.plot.absolute().parent.is_dir():
-        raise ValueError(f"plot must be a file in a folder that exists, got {where.plot}")
+    check_file("plot", where.plot)
     trainers = {limit: build(s, limit) for limit in s.bandlimits}
     for trainer in trainers.values():
         check_lengths(trainer, **s.pace)  # and all else that is refused, before there is a folder

@@ -31,7 +31,7 @@ from typing import Annotated, Literal, get_args
 
 import jax
 import tyro
-from _command import Place, parse
+from _command import Place, check_file, parse
 from _models import Mixer, trainer
 from _models import Settings as Common
 from _reproduce import PAGE, write
@@ -269,8 +269,7 @@ def main(preset: str, s: Settings, where: Where):
         given = getattr(s, name)
         if not given or len(set(given)) < len(given):
             raise ValueError(f"{name} must be at least one, and each of them once, got {given}")
-    if where.plot is not None and (where.plot.is_dir() or not where.plot.absolute().parent.is_dir()):
-        raise ValueError(f"plot must be a file in a folder that exists, got {where.plot}")
+    check_file("plot", where.plot)
     jobs = where.jobs
     if jobs is None:
         jobs = min(4, len(cells(s)), os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1

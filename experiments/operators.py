@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from _command import Place, parse
+from _command import Place, check_file, parse
 from _field_pictures import Row, draw
 from _reproduce import write
 from _timing import interleaved_medians
@@ -296,8 +296,7 @@ def main(preset: str, s: Settings, where: Where) -> None:
     for name in ("seeds", "repeats"):
         if getattr(s, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(s, name)}")
-    if where.plot is not None and (where.plot.is_dir() or not where.plot.absolute().parent.is_dir()):
-        raise ValueError(f"plot must be a file in a folder that exists, got {where.plot}")
+    check_file("plot", where.plot)
     for cell in cells(s):  # what cannot be is refused before there is a folder
         check_lengths(trainer(s, *cell), **s.pace)
     settings = {"preset": preset, **dataclasses.asdict(s)}

@@ -332,6 +332,7 @@ def complaint(words, folder, monkeypatch):
         ("--state-size 5", "must be even and positive; got 5"),
         ("--steps 170", "steps must be a multiple of the trainer's steps_per_dispatch=50, got 170"),
         ("--plot nowhere/p.png", "error: plot must be a file in a folder that exists, got nowhere/p.png"),
+        ("--plot .", "error: plot must be a file in a folder that exists, got ."),
         ("--resume", "name its folder"),
         ("cifar10", "error: the Hugging Face hub cannot be reached (RuntimeError: no such host)"),
         ("cifar10 --num-examples 5", "num_examples is for generated data, uoft-cs/cifar10 has its own; got 5"),

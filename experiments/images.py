@@ -198,7 +198,7 @@ def resolutions(model: GridClassifier, s: Settings) -> dict[str, dict[int, float
     }
 
 
-def draw(found: dict, models: dict, s: Settings, file: Path):
+def draw(found: dict, models: dict, s: Settings, files: list[Path]):
     """Accuracy over resolution, one example and one kernel at two of them."""
     import matplotlib
 
@@ -243,7 +243,8 @@ def draw(found: dict, models: dict, s: Settings, file: Path):
             )
         axes[name].set(title=f"a kernel, {named[limit]}", xlabel="training pixels", xlim=(-s.size / 2, s.size / 2))
         axes[name].legend()
-    figure.savefig(file, dpi=100)
+    for file in files:
+        figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
@@ -288,9 +289,7 @@ def train(preset: str, s: Settings, where: Where) -> dict | None:
         "versions": whole.versions,
         "settings": whole.settings,
     }
-    for file in (whole.folder / "images.png", where.plot):
-        if file is not None:
-            draw(found, models, s, file)
+    draw(found, models, s, [whole.folder / "images.png", *([] if where.plot is None else [where.plot])])
     write(whole.folder / RESULT, json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -63,9 +63,9 @@ def x64():
         yield
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def dtype(request):
-    """Runs one test in both precisions."""
+    """Runs one test in double precision, whose bounds are the tight ones, and among the slow ones in single, too."""
     if request.param == "float64":
         request.getfixturevalue("x64")
     return np.dtype(request.param)

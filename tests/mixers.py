@@ -118,9 +118,29 @@ CASES = {
     ),
 }
 
-# All tests of a case run in one process, which compiles it once.
+VARIANTS = {
+    "short_conv_1",
+    "s5_full_gelu",
+    "s5_bilinear_half_glu1",
+    "hyena_2_no_short_conv",
+    "hyena_4",
+    "convolution",
+    "hyena_implicit_2",
+    "hyena_heads",
+    "h3_heads",
+    "attention",
+    "backbone",
+}
+"""Each shares its code with another case: among the slow tests."""
+
+
+def marks(name):
+    """All tests of a case run in one process, which compiles it once."""
+    return [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in VARIANTS)]
+
+
 every_case = pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=pytest.mark.xdist_group(name)) for name, case in CASES.items()]
+    "case", [pytest.param(case, id=name, marks=marks(name)) for name, case in CASES.items()]
 )
 
 

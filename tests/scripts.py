@@ -1,9 +1,12 @@
-"""Scripts as processes of their own."""
+"""Scripts as processes of their own, and, where a test has no need of one, within its own."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +26,12 @@ def run(*words, folder=None):
     process = start(*words, folder=folder)
     output, errors = process.communicate(timeout=240)
     return process.returncode, output, errors
+
+
+def run_here(monkeypatch, script, *words, folder):
+    """Runs it in this process, which has imported what it needs, with JAX as lax as users have it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        runpy.run_path(str(script), run_name="__main__")

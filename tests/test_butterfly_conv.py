@@ -12,6 +12,7 @@ import mixers
 import numpy as np
 import pytest
 import test_mixer_law
+from helpers import quick_jit
 from jax.test_util import check_grads
 
 from s5eqx import nn, ops
@@ -123,7 +124,8 @@ def test_float32_over_a_long_sequence(algorithm):
     u, k = drawn((50_021, 1), (50_021, 1))
     size = 1 << 17
     exact = np.fft.irfft(np.fft.rfft(u, size, axis=0) * np.fft.rfft(k, size, axis=0), size, axis=0)[: len(u)]
-    y = ops.causal_convolution(u.astype(np.float32), k.astype(np.float32), algorithm=algorithm)
+    convolve = jax.jit(functools.partial(ops.causal_convolution, algorithm=algorithm))
+    y = convolve(u.astype(np.float32), k.astype(np.float32))
     assert y.dtype == jnp.float32
     assert np.abs(y - exact).max() < 2e-6 * np.abs(exact).max()
 
@@ -135,9 +137,9 @@ def uses_fft(function, *args):
 def test_layers_use_what_is_chosen(x64):
     """A jitted function is compiled anew, and steps agree with what the algorithm computes."""
     x = drawn((20, 4))[0]
-    layer = nn.S4D(4, 6, key=jr.key(0))
+    layer = quick_jit(lambda key: nn.S4D(4, 6, key=key))(jr.key(0))
     call = jax.jit(lambda x: layer(x))
-    _, steps = jax.lax.scan(layer.step, layer.init_state(), x)
+    steps = quick_jit(lambda x: jax.lax.scan(layer.step, layer.init_state(), x)[1])(x)
     with_fft = call(x)
     for algorithm in (Monarch(2), Chunked(Monarch(3), 3), ThreePass(4)):
         with ops.use_convolution(algorithm):
@@ -199,7 +201,7 @@ def test_measured_takes_the_fastest(candidates):
     mapped = jax.jit(jax.vmap(jax.grad(loss), (0, None)))
     for _ in range(2):
         mapped(u, k)
-        jax.grad(loss)(u[0], k)
+    jax.grad(loss)(u[0], k)
     assert Slow.traced == [(30, 2)]
     assert measured.fastest((30, 2), (30, 2), 59) == Monarch(2)
     assert Measured().candidates == (FFT(), Monarch(2), Monarch(3))
@@ -248,7 +250,7 @@ def test_blocks_that_do_not_fit():
 
 
 def layer(key=0, width=3, max_length=20, **options):
-    return nn.ButterflyConv(width, max_length, key=jr.key(key), **options)
+    return quick_jit(lambda key: nn.ButterflyConv(width, max_length, key=key, **options))(jr.key(key))
 
 
 @pytest.mark.parametrize(
@@ -258,9 +260,9 @@ def test_it_starts_as_the_causal_convolution(block_size, sizes, x64):
     mixer = layer(block_size=block_size)
     assert sorted(block.shape[1] for block in mixer.blocks) == sorted(sizes) and np.prod(sizes) >= 39
     mixer = eqx.tree_at(lambda m: m.skip, mixer, jnp.arange(3.0))
+    both = quick_jit(lambda mixer, x: (mixer(x), nn.Convolution(mixer.kernel, mixer.skip)(x)))
     for length in (20, 7):
-        x = drawn((length, 3))[0]
-        np.testing.assert_allclose(mixer(x), nn.Convolution(mixer.kernel, mixer.skip)(x), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(*both(mixer, drawn((length, 3))[0]), rtol=0, atol=1e-12)
 
 
 def test_every_block_learns(x64):
@@ -272,10 +274,10 @@ def test_every_block_learns(x64):
     check_grads(jax.jit(loss), (params,), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
     gradient = jax.jit(jax.grad(loss))
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient(params)))
-    before = loss(params)
-    for _ in range(200):
-        params = jax.tree.map(lambda p, g: p - 0.03 * g, params, gradient(params))
-    assert loss(params) < 0.5 * before
+    descend = lambda _, params: jax.tree.map(lambda p, g: p - 0.03 * g, params, gradient(params))
+    trained = jax.jit(lambda params: jax.lax.fori_loop(0, 200, descend, params))(params)
+    before, after = map(jax.jit(loss), (params, trained))
+    assert after < 0.5 * before
 
 
 def test_it_hears_what_is_to_come(x64):

@@ -193,7 +193,7 @@ def test_length_of_a_small_integer_type(key):
     means = drawn(classifier, key)
     last = eqx.tree_at(lambda model: model.body.pool, means, LastPool())
     x = features(300)
-    for model in (means, last):
+    for model in map(quick_jit, (means, last)):
         np.testing.assert_allclose(model(x, length=jnp.int8(40)), model(x[:40]), atol=1e-5)
 
 

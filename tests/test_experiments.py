@@ -1,13 +1,12 @@
 """The experiments and the README's example, started as the README starts them, in tiny sizes."""
 
+import functools
 import importlib
 import json
 import re
-import runpy
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import tyro
 from helpers import quick_jit
-from scripts import ROOT, run, start
+from scripts import ROOT, run, run_here, start
 
 from s5eqx.data import AssocRecall
 from s5eqx.interop import load
@@ -28,7 +27,7 @@ TINY = shlex.split(
 )
 
 
-def test_assoc_recall_learns_and_says_so(tmp_path):
+def test_assoc_recall_learns_and_says_so(tmp_path, monkeypatch, capsys):
     code, output, errors = run(SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
     assert code == 0, errors
     result = json.loads(output.splitlines()[-1])
@@ -45,14 +44,14 @@ def test_assoc_recall_learns_and_says_so(tmp_path):
     right = np.argmax(logits[:, -1], axis=-1) == batch.targets[:, -1]
     assert np.mean(right) == pytest.approx(result["test_accuracy"]), "the file holds the trained model"
 
-    code, _, errors = run(SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
-    assert code != 0 and "holds another run" in errors and "Traceback" not in errors
-    code, output, errors = run(SCRIPT, *TINY, "--steps", 300, "--run", "here", "--resume", folder=tmp_path)
-    assert code == 0, errors
-    assert json.loads(output.splitlines()[-1])["test_loss"] == result["test_loss"]
+    again = functools.partial(run_here, monkeypatch, SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
+    with pytest.raises(SystemExit, match="holds another run"):
+        again()
+    again("--resume")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["test_loss"] == result["test_loss"]
 
 
-def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path):
+def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path, monkeypatch):
     process = start(SCRIPT, *TINY, "--steps", 1_000_000, folder=tmp_path, stderr=subprocess.DEVNULL)
     folder = tmp_path / re.match(r"run in (\S+),", process.stdout.readline())[1]
     deadline = time.monotonic() + 120
@@ -63,8 +62,8 @@ def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path):
     assert process.returncode == 0
     command = shlex.split(output.splitlines()[-1])
     assert command[0] == "python" and command[-1] == "--resume" and command[command.index("--run") + 1] in str(folder)
-    code, _, errors = run(*command[1:], "--lr", 0.5, folder=tmp_path)
-    assert code != 0 and "lr was" in errors, "a run resumes with its own settings"
+    with pytest.raises(SystemExit, match="lr was"):  # a run resumes with its own settings
+        run_here(monkeypatch, *command[1:], "--lr", 0.5, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +77,8 @@ def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path):
 )
 def test_assoc_recall_refuses(words, complaint, tmp_path, monkeypatch):
     """In one line, before it makes a folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     with pytest.raises(SystemExit, match=complaint):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_here(monkeypatch, SCRIPT, *words, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -168,11 +164,10 @@ def example_of_the_readme(number):
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
 
 
-def test_the_example_of_the_readme(tmp_path):
+def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     (tmp_path / "example.py").write_text(example_of_the_readme(0))
-    code, output, errors = run("example.py", folder=tmp_path)
-    assert code == 0, errors
-    assert float(output.splitlines()[0]) < 1e-5
+    run_here(monkeypatch, "example.py", folder=tmp_path)
+    assert float(capsys.readouterr().out.splitlines()[0]) < 1e-5
 
 
 @pytest.mark.slow

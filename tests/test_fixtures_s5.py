@@ -157,7 +157,7 @@ def train(model, fixture):
     return model, np.asarray(losses), groups
 
 
-@pytest.mark.parametrize("name", ["opt_s5", "opt_hyena"])
+@pytest.mark.parametrize("name", ["opt_s5", pytest.param("opt_hyena", marks=pytest.mark.slow)])
 def test_optimiser(name, x64):
     fixture = Fixture(name)
     model = fixture.load(fixture.params(np.float64))

@@ -222,9 +222,10 @@ def test_bad_input(hyena, key):
     ask = lambda prompt=(1, 2), size=3, model=hyena, **options: generate(
         model, np.array(prompt), size, key=key, **options
     )
-    positions = language_model(key, lambda key: nn.ShortConv(D, 2, key=key), num_layers=1, max_length=9)
-    attention = language_model(key, lambda key: nn.Attention(D, max_length=8, key=key), num_layers=1)
-    stack = language_model(key, lambda key: nn.hyena(D, 12, key=key), num_layers=2, stack=True)
+    of = lambda mixer, **options: build(Case(lambda key: language_model(key, mixer, **options)), key)
+    positions = of(lambda key: nn.ShortConv(D, 2, key=key), num_layers=1, max_length=9)
+    attention = of(lambda key: nn.Attention(D, max_length=8, key=key), num_layers=1)
+    stack = of(lambda key: nn.hyena(D, 12, key=key), num_layers=2, stack=True)
     ask((1, 2), 7, positions)
     refused = [
         (lambda: ask(np.zeros(0, int)), r"at least one token; got shapes \[\(0,\)\]"),

@@ -37,10 +37,10 @@ def test_kernels_by_the_formula(key, x64):
 
 def test_heads_by_the_definition(key, x64):
     """Each head convolves the outer product of its keys and values with one filter; queries contract it."""
-    layer = nn.hyena(D, K, num_heads=2, short_filter=0, key=key)
+    layer = drawn(lambda key: nn.hyena(D, K, num_heads=2, short_filter=0, key=key), key)
     u = x()
     q, k, v = (np.asarray(a).reshape(K, 2, 2) for a in np.split(nn.linear(layer.in_proj, u), 3, axis=1))
-    (kernel,), skip = np.asarray(layer.bank.kernels()), np.asarray(layer.bank.bias)
+    (kernel,), skip = np.asarray(quick_jit(layer.bank.kernels)()), np.asarray(layer.bank.bias)
     y = np.zeros((K, 2, 2))
     for t in range(K):
         for h in range(2):
@@ -49,7 +49,7 @@ def test_heads_by_the_definition(key, x64):
                 kv = kv + kernel[t - s, h] * np.outer(k[s, h], v[s, h])
             y[t, h] = q[t, h] @ kv
     expected = nn.linear(layer.out_proj, jnp.asarray(y.reshape(K, D)))
-    np.testing.assert_allclose(layer(u), expected, atol=1e-12)
+    np.testing.assert_allclose(quick_jit(layer)(u), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("stack", [False, True])
@@ -77,18 +77,18 @@ def test_buffers_have_no_gradient(train_positions, key):
 
 
 def test_normalised_taps_of_a_window_that_underflows_are_finite(key):
-    bank = nn.ImplicitFilter(D, K, fast_decay=0.01, slow_decay=0.02, normalize=True, key=key)
-    total, gradient = eqx.filter_value_and_grad(lambda bank: jnp.sum(bank.kernels() ** 2))(bank)
+    bank = drawn(lambda key: nn.ImplicitFilter(D, K, fast_decay=0.01, slow_decay=0.02, normalize=True, key=key), key)
+    total, gradient = quick_jit(eqx.filter_value_and_grad(lambda bank: jnp.sum(bank.kernels() ** 2)))(bank)
     assert jnp.isfinite(total) and all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
 def test_length_is_bounded_at_call_prefill_and_step(key):
-    layer = nn.hyena(D, K, key=key)
+    layer = drawn(lambda key: nn.hyena(D, K, key=key), key)
     with pytest.raises(ValueError, match=f"got {K + 1}"):
         eqx.filter_eval_shape(layer.prefill, layer.init_state(), x(K + 1))
     with pytest.raises(ValueError, match=f"no longer than the kernel, {K} steps; got {K + 1}"):
         layer(x(K + 1))
-    state, _ = layer.prefill(layer.init_state(), x(K - 1))
+    state, _ = quick_jit(layer.prefill)(layer.init_state(), x(K - 1))
     with pytest.raises(Exception, match=f"longer than its convolution's kernel, {K} steps"):
         jax.block_until_ready(quick_jit(layer.prefill)(state, x(2)))
     state, _ = quick_jit(layer.step)(state, x()[0])

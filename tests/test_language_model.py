@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import drawn, quick_jit
 from s5_fixture import FOLDER
 
 from s5eqx import nn
@@ -209,16 +209,16 @@ def test_dropout_and_keys(key):
 
 
 def test_position_is_bounded(key):
-    model = language_model(key, max_length=4, num_layers=1)
+    model = drawn(lambda key: language_model(key, max_length=4, num_layers=1), key)
     message = "longer than the learned positions, max_length=4"
     with pytest.raises(ValueError, match=re.escape("max_length=4 tokens; got a sequence of 5")):
         model(tokens(5))
 
-    state, _ = model.prefill(model.init_state(), tokens(3))
+    state, _ = quick_jit(model.prefill)(model.init_state(), tokens(3))
     assert state[0].dtype == jnp.int32 and state[0] == 3
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(quick_jit(model.prefill)(state, tokens(2)))
-    state, _ = model.step(state, tokens()[0])
+    state, _ = quick_jit(model.step)(state, tokens()[0])
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(quick_jit(model.step)(state, tokens()[0]))
     state, _ = quick_jit(model.step)(state, tokens()[0], reset=jnp.asarray(True))

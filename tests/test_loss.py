@@ -132,7 +132,7 @@ def by_hand(model, batch, key, chunk):
     return total / weight, *(jax.tree.map(mean, *gradients) for gradients in (linked, alone))
 
 
-@pytest.mark.parametrize("build, size, length", [(tiny.language_model, 2, 8), (attention_model, 1, 10)])
+@pytest.mark.parametrize("build, size, length", [(tiny.language_model, 2, 8), pytest.param(attention_model, 1, 10, marks=pytest.mark.slow)])
 def test_pieces_are_those_of_a_loop(build, size, length, key):
     """With dropout. Truncated, the gradient is the sum of those of the pieces alone, and another one."""
     model, batch = built(build), jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))

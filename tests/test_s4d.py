@@ -61,8 +61,8 @@ def test_initial_B(key, x64):
 @pytest.mark.parametrize("length", [1, 2, 13, 2048])
 def test_kernel_keeps_its_phase_in_float32(length, key):
     """The eigenvalues are those of float32; their powers are as exact as rounding allows."""
-    ssm = nn.DiagonalSSM(2, 64, dt_min=1e-4, key=key)
-    dA, dB, C = (np.asarray(z, np.complex128) for z in ssm.discretised())
+    ssm = quick_jit(lambda key: nn.DiagonalSSM(2, 64, dt_min=1e-4, key=key))(key)
+    dA, dB, C = (np.asarray(z, np.complex128) for z in quick_jit(ssm.discretised)())
     powers = dA ** np.arange(length)[:, None, None]
     expected = 2 * np.einsum("cdp,ldp->cld", C * dB, powers).real
     assert relative_error(kernel(ssm, length), expected) < 3e-7
@@ -78,7 +78,7 @@ def test_long_sequences(flags, key, x64):
     reset = None if flags is None else jnp.zeros(L, bool).at[jnp.array(flags)].set(True)
     last, y = quick_jit(ssm.prefill)(state, x, reset=reset)
     each = jnp.zeros(L, bool) if reset is None else reset
-    expected = lax.scan(lambda s, t: ssm.step(s, t[0], reset=t[1]), state, (x, each))
+    expected = quick_jit(lambda: lax.scan(lambda s, t: ssm.step(s, t[0], reset=t[1]), state, (x, each)))()
     assert relative_error(y, expected[1]) < 1e-12
     assert relative_error(last, expected[0]) < 1e-12
 

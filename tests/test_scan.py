@@ -53,8 +53,15 @@ def test_native_lengths(layout):
 
 
 @native
-@pytest.mark.parametrize("states", [16, 5])
-@pytest.mark.parametrize("dtype", ["float32", "complex64", "complex128"])
+@pytest.mark.parametrize(
+    "dtype, states",
+    [
+        ("float32", 5),
+        ("complex64", 16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("float32", 16), ("complex64", 5))),
+        *(pytest.param("complex128", states, marks=pytest.mark.slow) for states in (5, 16)),
+    ],
+)
 def test_results_past_the_cache(states, dtype, key, request):
     """More than 24 MiB go straight to memory. To the bit what each half gives, which goes through the cache."""
     if dtype == "complex128":

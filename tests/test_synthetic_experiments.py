@@ -5,17 +5,15 @@ import importlib
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from typing import get_args
 
 import numpy as np
 import pytest
-from scripts import ROOT, run, start
+from scripts import ROOT, run, run_here, start
 
 from s5eqx.interop import load
 from s5eqx.models import Classifier, Regressor
@@ -84,12 +82,8 @@ def test_the_page_of_the_project_is_what_the_scripts_write(reproduce, tmp_path):
 
 def complaint(script, words, folder, monkeypatch):
     """What it says, before it makes a folder."""
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    file = ROOT / "experiments" / f"{script}.py"
-    monkeypatch.setattr(sys, "argv", [str(file), *shlex.split(words)])
     with pytest.raises(SystemExit) as error:
-        runpy.run_path(str(file), run_name="__main__")
+        run_here(monkeypatch, ROOT / "experiments" / f"{script}.py", *shlex.split(words), folder=folder)
     assert not list(folder.iterdir())
     return str(error.value)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from helpers import drawn
 
 from s5eqx import nn
 from s5eqx.interop import load, save, weights
@@ -64,8 +65,8 @@ def assert_same(ours, saved):
         lambda key: model(key, lambda key: nn.RGLRU(D, key=key), num_layers=3, stack=True, remat=True),
         lambda key: eqx.nn.inference_mode(model(key)),
         lambda key: eqx.filter(model(key), eqx.is_inexact_array),  # None for the other leaves
-        lambda key: nn.materialise(nn.hyena(D, 16, order=3, filter_width=4, key=key)),
-        lambda key: nn.BidirectionalS5(D, 4, key=key),
+        lambda key: drawn(lambda key: nn.materialise(nn.hyena(D, 16, order=3, filter_width=4, key=key)), key),
+        lambda key: drawn(lambda key: nn.BidirectionalS5(D, 4, key=key), key),
         lambda key: nn.Buffer(jnp.zeros((0, 3))),
     ],
 )

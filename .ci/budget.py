@@ -35,7 +35,9 @@ class Budget:
     def over(self) -> list[str]:
         """What was too long."""
         a_core = sum(self.workers) / len(self.workers)
-        found = [f"{a_core:.0f} s of processor time a core, and {MOST_A_CORE:.0f} s is the most"] * (a_core > MOST_A_CORE)
+        found = [f"{a_core:.0f} s of processor time a core, and {MOST_A_CORE:.0f} s is the most"] * (
+            a_core > MOST_A_CORE
+        )
         long = [name for name, seconds in self.seconds.items() if seconds > MOST_A_TEST]
         return found + [f"{name} took {self.seconds[name]:.1f} s, and {MOST_A_TEST:.0f} s is the most" for name in long]
 

@@ -17,8 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import jax.random as jr
-import numpy as np
 import pytest
+from helpers import precisions
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -63,9 +63,4 @@ def x64():
         yield
 
 
-@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
-def dtype(request):
-    """Runs one test in double precision, whose bounds are the tight ones, and among the slow ones in single, too."""
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return np.dtype(request.param)
+dtype = precisions("float64", "float32")  # the first has the tight bounds

@@ -1,9 +1,11 @@
 """Runs the CUDA kernels on the host: builds the programs of `cuda_host` and speaks their protocols."""
 
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from scan_problems import LAYOUTS, problem
 
 HERE = Path(__file__).parent / "cuda_host"
 CSRC = Path(__file__).parents[1] / "csrc"
+PROGRAMS = Path(__file__).parents[1] / "build" / "cuda_on_host"
 COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler to run the CUDA kernels on the host with")
 
@@ -37,20 +40,19 @@ SCHEDULES = tuple(
 )
 
 
-def build(folder, *flags, name="scan_on_host"):
-    """The program, compiled into `folder`."""
-    program = Path(folder) / name
+def build(*flags, name="scan_on_host"):
+    """The program, compiled once for all runs that have these sources, these flags and this compiler."""
     command = [*COMPILER, "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [
-        "-DS5EQX_HOST_DEVICE",
-        f"-I{CSRC}",
-        f"-I{HERE}",
-        *flags,
-        str(HERE / f"{name}.cc"),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True)
+    command += ["-DS5EQX_HOST_DEVICE", f"-I{CSRC}", f"-I{HERE}", *flags, str(HERE / f"{name}.cc")]
+    sources = [path.read_bytes() for folder in (CSRC, HERE) for path in sorted(folder.glob("*.*"))]
+    compiler = subprocess.run([*COMPILER, "--version"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256(b"\0".join([compiler, *map(os.fsencode, command), *sources])).hexdigest()
+    program = PROGRAMS / f"{name}-{digest[:16]}"
+    if not program.exists():
+        PROGRAMS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PROGRAMS) as folder:
+            subprocess.run([*command, "-o", f"{folder}/{name}"], check=True)
+            os.replace(f"{folder}/{name}", program)
     return program
 
 

@@ -1,11 +1,13 @@
 """What several test files share: the recurrence in double precision, and how errors are measured."""
 
 import functools
+import random
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 
 def recurrence(a, b, x0, reset=None, reverse=False):
@@ -79,6 +81,27 @@ def drawn(build, key, dtype=None):
     skeleton = eqx.filter_eval_shape(build, key)
     return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 
+
+def precisions(everyday, slow):
+    """A fixture that runs a test in one precision, and in the other among the slow tests."""
+
+    @pytest.fixture(params=[everyday, pytest.param(slow, marks=pytest.mark.slow)], name="dtype")
+    def dtype(request):
+        if request.param == "float64":
+            request.getfixturevalue("x64")
+        return np.dtype(request.param)
+
+    return dtype
+
+
+def _one(cases, seed):
+    return [random.Random(seed).choice(cases)]
+
+
+one_or_all = pytest.mark.parametrize(
+    "chosen", [pytest.param(_one, id="one"), pytest.param(lambda cases, _: cases, id="all", marks=pytest.mark.slow)]
+)
+"""Of many like cases `chosen(cases, seed)` draws one; among the slow tests it takes all."""
 
 quick_jit = functools.partial(
     eqx.filter_jit,

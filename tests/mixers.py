@@ -132,11 +132,14 @@ VARIANTS = {
     "backbone",
 }
 """Each shares its code with another case: among the slow tests."""
+SMOKE = {"short_conv_4", "mlp", "s5", "hyena_2", "modal", "long_conv", "attention_window", "lru", "rg_lru", "block"}
+"""Those that compile quickly: among the smoke tests."""
 
 
 def marks(name):
     """All tests of a case run in one process, which compiles it once."""
-    return [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in VARIANTS)]
+    chosen = (name in VARIANTS, pytest.mark.slow), (name in SMOKE, pytest.mark.smoke)
+    return [pytest.mark.xdist_group(name), *(mark for is_one, mark in chosen if is_one)]
 
 
 every_case = pytest.mark.parametrize(

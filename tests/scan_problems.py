@@ -63,6 +63,13 @@ LAYOUTS = {
 }
 
 
+OF_EACH_KERNEL = [
+    pytest.param(name, marks=[] if name in ("float32", "float64", "complex64", "pairs64") else pytest.mark.slow)
+    for name in LAYOUTS
+]
+"""Names of layouts: complex numbers and pairs, which share their kernels, take turns; all are among the slow tests."""
+
+
 class Problem(NamedTuple):
     a: np.ndarray
     b: np.ndarray

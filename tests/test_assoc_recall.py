@@ -60,6 +60,7 @@ def test_permuted_is_one_to_one(size, key):
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
 
 
+@pytest.mark.smoke
 def test_permuted_sends_everything_everywhere():
     keys = jr.split(jr.key(3), 20_000)
     places = jax.jit(jax.vmap(lambda key: permuted(jnp.int32(4), 11, key=key)))(keys)
@@ -69,6 +70,7 @@ def test_permuted_sends_everything_everywhere():
 # Hashes.
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65])
 def test_a_hash_set_finds_its_members(size):
     rng = np.random.default_rng(size)

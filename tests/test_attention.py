@@ -53,6 +53,7 @@ def test_it_is_what_the_loops_say(window, packed, padded, key, x64):
     np.testing.assert_allclose(got[1], quick_jit(jax.grad(gradient, 1))(layer, x), rtol=0, atol=2e-5)
 
 
+@pytest.mark.smoke
 def test_rotary_pairs(x64):
     """Every pair turns as a complex number does; what is not turned stays."""
     x, positions = jr.normal(jr.key(0), (5, H, 6)), jnp.array([0, 1, 7, 1000, 131072], jnp.int32)
@@ -108,6 +109,7 @@ def test_lengths(key):
     assert nn.Attention(D, window=2, key=key)(x).shape == x.shape
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "options, why",
     [

@@ -50,6 +50,7 @@ def test_the_score_of_labels():
     assert float(given.weight) == 6.0
 
 
+@pytest.mark.smoke
 def test_the_score_of_series(key):
     """With the intervals, if there are any; what has no weight has no effect, whatever the model says of it."""
     inputs, targets = jr.normal(key, (2, 3, 4)), jnp.ones((2, 3, 2))
@@ -75,7 +76,7 @@ def test_the_score_of_series(key):
     assert float(twice.loss) == pytest.approx(float(given.loss)) and twice.accuracy is None
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", ["labels", pytest.param("series", marks=pytest.mark.slow)])
 def test_they_train_in_bfloat16(kind):
     build, task, loss = TASKS[kind]
     trainer = tiny.trainer(build, task=task, loss=loss, compute_dtype=jnp.bfloat16)

@@ -51,6 +51,7 @@ def put_toolkit(root, *files):
         (root / file).touch()
 
 
+@pytest.mark.smoke
 def test_where_nvcc_is_looked_for(build, tmp_path, monkeypatch):
     """Each place goes before those that were tried before it."""
     with pytest.raises(build.NotBuilt, match="no nvcc: not in S5EQX_NVCC, CUDACXX, CUDA_HOME, CUDA_PATH, PATH"):
@@ -143,6 +144,7 @@ def test_every_device_from_the_oldest_on_has_code(build):
     assert budgeted == tuple(a for a in build.ARCHITECTURES if a != "70")  # CUDA 13, which it runs, dropped it
 
 
+@pytest.mark.smoke
 def test_toolkits_that_will_not_do(build, tmp_path, monkeypatch):
     monkeypatch.setenv("S5EQX_NVCC", put_nvcc(tmp_path, release="11.8"))
     with pytest.raises(build.NotBuilt, match=r"nvcc is of CUDA 11\.8, and 12\.0 is the oldest that will do"):

@@ -97,6 +97,7 @@ def test_three_passes_take_no_long_prime():
     assert "8191" not in str(jax.make_jaxpr(convolve)(shape, shape))
 
 
+@pytest.mark.smoke
 @every_algorithm
 def test_gradients(algorithm, x64):
     """Of input and kernel, and values where both are mapped."""
@@ -191,7 +192,9 @@ class Slow(ops.AbstractConvAlgorithm):
         return FFT()(u, k, period) + jax.pure_callback(late, jax.ShapeDtypeStruct((), u.dtype), last)
 
 
-@pytest.mark.parametrize("candidates", [(Slow(), Monarch(2)), (Monarch(2), Slow())])
+@pytest.mark.parametrize(
+    "candidates", [(Slow(), Monarch(2)), pytest.param((Monarch(2), Slow()), marks=pytest.mark.slow)]
+)
 def test_measured_takes_the_fastest(candidates):
     """Once for each size, also under jit, grad and vmap."""
     measured = Measured(*candidates)
@@ -207,6 +210,7 @@ def test_measured_takes_the_fastest(candidates):
     assert Measured().candidates == (FFT(), Monarch(2), Monarch(3))
 
 
+@pytest.mark.smoke
 def test_measured_is_for_one_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="give all of them the algorithm that `fastest` returned"):
@@ -280,6 +284,7 @@ def test_every_block_learns(x64):
     assert after < 0.5 * before
 
 
+@pytest.mark.smoke
 def test_it_hears_what_is_to_come(x64):
     """Once a block has moved. So a language model refuses it."""
     from s5eqx import models

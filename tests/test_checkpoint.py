@@ -50,6 +50,7 @@ def restore(folder, like=None):
 # What is kept.
 
 
+@pytest.mark.smoke
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     save_three(tmp_path / "checkpoints")
     found, metadata = restore(tmp_path / "checkpoints")
@@ -256,6 +257,7 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, monkeypatch):
             checkpoints.save(10, state(), {})
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "change, message",
     [

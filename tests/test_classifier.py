@@ -43,7 +43,13 @@ def features(length=L):
     return jnp.asarray(np.random.default_rng(0).standard_normal((length, F)))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("short_conv", "bidirectional_s5", "bidirectional_s4d"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("s5", "bidirectional_long_conv")),
+    ],
+)
 def test_padding_has_no_effect(name, key, x64):
     """The logits of a padded sequence are those of the sequence alone, and no gradient reaches the padding."""
     means = drawn(lambda key: classifier(key, MIXERS[name], prenorm=name != "bidirectional_s5"), key)
@@ -65,7 +71,7 @@ def test_padding_has_no_effect(name, key, x64):
     assert not np.allclose(run(x, jnp.asarray(L))[1], expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["s5", "bidirectional_s5"])
+@pytest.mark.parametrize("name", [pytest.param("s5", marks=pytest.mark.slow), "bidirectional_s5"])
 def test_intervals(name, key, x64):
     """Padding has no effect, not on the last sample's way back either; the MLPs between the mixers are passed over."""
     model = drawn(lambda key: classifier(key, MIXERS[name], mlp_width=5, remat=name == "s5"), key)
@@ -101,6 +107,7 @@ def test_padding_of_tokens(key):
     assert jnp.all(jnp.isnan(both(padded, None)))
 
 
+@pytest.mark.smoke
 def test_parts(key):
     """By hand: encoder, prenorm branches of mixer and MLP, norm, mean, decoder; and the form with the norm behind."""
     apply = lambda layer, h: h @ layer.weight.T + layer.bias[None]
@@ -117,6 +124,7 @@ def test_parts(key):
         np.testing.assert_allclose(model(features()), apply(model.decoder, pooled[None])[0], atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_pairs(key):
     """The head of a pair tells which sequence is which, and each has its own length and intervals."""
     model = drawn(lambda key: RetrievalClassifier(body(key, MIXERS["s5"]), 2, key=key), key)

@@ -21,6 +21,7 @@ def test_causal_convolution(length, taps, past, x64):
     np.testing.assert_allclose(got, y[:, past:], atol=1e-12)
 
 
+@pytest.mark.smoke
 def test_dtypes():
     """Computed in that of the kernel, float32 at least; returned in that of the input."""
     rng = np.random.default_rng(1)

@@ -16,6 +16,7 @@ def test_blank_documents_are_none():
     assert list(documents("a", "", " \n\t", "b ")) == ["a", "b "]
 
 
+@pytest.mark.smoke
 def test_paragraphs_are_kept_where_they_first_occur():
     given = documents("One.\n\nTwo,\nlines.\n \n  Three.", "Two,\nlines.\n\n\n\nFour.  \n\nFour.\n", "One.\n", "one.")
     found = unique_paragraphs(given)
@@ -70,6 +71,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pattern", ["deep/*.txt", "**/*.txt", "all.parquet", "all.jsonl"])
 def test_local_files(folder, pattern):
     corpus = read_corpus(str(folder / pattern))
@@ -150,6 +152,7 @@ def hub(monkeypatch):
     return hub
 
 
+@pytest.mark.smoke
 def test_a_corpus_of_the_hub_keeps_its_splits(hub):
     hub.held["acme/wiki", "raw"] = {"test": ["", " = A = \n"], "train": ["", " b \n", "", " c \n"], "validation": ["d"]}
     corpus = read_corpus("acme/wiki", config="raw")

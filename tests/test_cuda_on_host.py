@@ -26,14 +26,13 @@ def bound(dtype):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("host"), "-O1")
+def program():
+    return build("-O1")
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return build(tmp_path_factory.mktemp("sanitized"), *flags)
+def sanitized():
+    return build("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def check(program, questions):
@@ -57,7 +56,9 @@ SHAPES = (  # (B, L, P): tiles hold 256 steps of a full line of channels, and up
 )
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "complex128"))])
+@pytest.mark.parametrize(
+    "dtype", ["complex64", "float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "complex128"))]
+)
 def test_every_path(program, dtype):
     questions = []
     for i, (batch, length, states) in enumerate(SHAPES):

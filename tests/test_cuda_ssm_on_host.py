@@ -92,13 +92,13 @@ def check(program, dtype, questions):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("ssm_on_host"), "-O1", FEW, name="ssm_on_host")
+def program():
+    return build("-O1", FEW, name="ssm_on_host")
 
 
 @pytest.fixture(scope="module")
-def unlimited(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("unlimited"), "-O1", name="ssm_on_host")
+def unlimited():
+    return build("-O1", name="ssm_on_host")
 
 
 SIZES = (  # (B, L, D, P): tiles hold 256 steps of up to 16 states, 128 of 32 and 64 of 64
@@ -233,10 +233,10 @@ def test_same_bits_over_super_groups(unlimited):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_sanitizers(dtype, tmp_path, x64):
+def test_sanitizers(dtype, x64):
     """Address and undefined-behaviour sanitizers, over most sizes of `test_every_path`, and runs of two tiles."""
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", FEW)
     found = questions((*SIZES[:9], (5, 64 * 6 + 1, 3, 33), SIZES[-1]), dtype)
     if dtype == "float32":
         found += questions(SIZES[:6], projection=SPLIT_TF32)
-    check(build(tmp_path, *flags, name="ssm_on_host"), dtype, found)
+    check(build(*flags, name="ssm_on_host"), dtype, found)

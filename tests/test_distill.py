@@ -189,6 +189,7 @@ def test_layers(build, paths, key, x64):
     assert relative_error(quick_jit(distilled)(x), quick_jit(layer)(x)) < 1e-9
 
 
+@pytest.mark.smoke
 def test_errors(key):
     h = np.ones((8, 2), np.float32)
     with pytest.raises(ValueError, match="order must be at least 1 and steps at least 0; got order=0"):
@@ -221,6 +222,7 @@ def test_initial_poles_and_residues(key):
     assert abs(jnp.mean(power) - 1) < 0.15
 
 
+@pytest.mark.smoke
 def test_poles_and_residues_come_back(key, x64):
     poles = np.stack([np.append(modes(seed)[0], [0.0, -0.5]) for seed in range(2)])
     residues = np.stack([np.append(modes(seed)[1], [1.0, 2j]) for seed in range(4)]).reshape(2, 2, -1)

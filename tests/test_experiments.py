@@ -66,6 +66,7 @@ def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path, monkey
         run_here(monkeypatch, *command[1:], "--lr", 0.5, folder=tmp_path)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "words, complaint",
     [
@@ -82,6 +83,7 @@ def test_assoc_recall_refuses(words, complaint, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "script, words, complaint",
     [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import quick_jit, recurrence, relative_error
 from jax.test_util import check_grads
-from scan_problems import BACKENDS, LAYOUTS, native, problem
+from scan_problems import BACKENDS, LAYOUTS, OF_EACH_KERNEL, native, problem
 
 from s5eqx.ops import final_state, final_state_pairs, use_backend
 
@@ -38,7 +38,7 @@ def problems_of(layout, lengths, rows=(1, 3, 9)):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", OF_EACH_KERNEL)
 def test_final_state(name, backend, request):
     layout = LAYOUTS[name]
     if layout.is_double:
@@ -78,8 +78,15 @@ def test_the_states_between_are_not_written():
     assert pushed.count("@s5eqx_scan_final") == 2 and "s5eqx_scan_forward" not in pushed
 
 
-@pytest.mark.parametrize("name", ["float64", "complex128", "pairs64"])
-@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize(
+    "name, varying",
+    [
+        ("float64", False),
+        ("pairs64", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("complex128", "pairs64")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("float64", "complex128")),
+    ],
+)
 def test_check_grads(name, varying, x64):
     layout = LAYOUTS[name]
     p = problem(layout, (2,), 4, 2, a=(4, 2) if varying else None, reverse=varying)
@@ -118,6 +125,7 @@ def test_derivatives_and_maps_are_those_of_the_scan(name, backend):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_crosses_a_reset(backend):
     layout = LAYOUTS["complex64"]
@@ -132,6 +140,7 @@ def test_nothing_crosses_a_reset(backend):
     assert not db[:, :12].any() and not dx0.any() and np.isfinite(db).all()
 
 
+@pytest.mark.smoke
 def test_no_steps():
     x0 = jnp.ones((2, 3, 2))
     assert (final_state_pairs(x0[0], jnp.ones((2, 0, 3, 2)), x0) == x0).all()

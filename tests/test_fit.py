@@ -47,6 +47,7 @@ def changed(trainer, **methods):
 # The loop.
 
 
+@pytest.mark.smoke
 def test_fit_reports_what_happened(trainer, capsys):
     result = fit(trainer, steps=20, progress=True, seconds_before=100.0, **EVERY)
     assert result.step == int(result.state.step) == 20
@@ -107,6 +108,7 @@ def test_what_is_observed_is_logged(trainer, tmp_path):
     assert tensor_util.make_ndarray(events.Tensors("model/size")[0].tensor_proto) == 40.0
 
 
+@pytest.mark.smoke
 def test_a_profile_is_of_the_dispatches_after_the_first(trainer, tmp_path, monkeypatch):
     happened = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append(folder))
@@ -121,6 +123,7 @@ def test_a_profile_is_of_the_dispatches_after_the_first(trainer, tmp_path, monke
         fit(trainer, steps=10, profile=2, **EVERY)
 
 
+@pytest.mark.smoke
 def test_batches_come_from_the_host_while_the_devices_compute(trainer):
     happened = []
 
@@ -150,6 +153,7 @@ def spoiled(trainer, steps, *, tolerated=0, name="loss"):
     return changed(trainer, run=run, skip_nonfinite=tolerated)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_what_is_not_finite_ends_training_and_names_the_batch(trainer, tmp_path, name):
     run = open_run({}, folder=tmp_path)
@@ -216,6 +220,7 @@ def test_the_weights_stay_where_a_gradient_is_not_finite():
 # Resuming.
 
 
+@pytest.mark.smoke
 def test_a_new_best_is_saved_and_comes_back(trainer, tmp_path):
     losses = iter([0.9, 0.5, 0.7, 0.6])
     evaluate = lambda leaves: {"loss": next(losses), "accuracy": 0.5, "perplexity": 1.0}
@@ -269,6 +274,7 @@ def test_a_finished_run_resumes_to_its_end(trainer, tmp_path):
     assert again.history == done.history
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(trainer, tmp_path, number):
     every = {**EVERY, "checkpoint_every": 10}

@@ -75,6 +75,7 @@ def test_ssm(name, dtype):
     fixture.check("out/C_tilde", C_tilde / (2 if layer.conj_sym else 1))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", names("s5ssm_*"))
 def test_initial_eigenvalues(name):
     fixture = Fixture(name)
@@ -171,6 +172,7 @@ def test_optimiser(name, x64):
         assert relative_error(end[path] - p, change) <= 1e-8, path
 
 
+@pytest.mark.smoke
 def test_complex_C_does_not_learn_in_the_reference_but_does_here(x64):
     """Adam receives i times the gradient of C[..., 0] for C[..., 1], so that the two halves cancel in the sum."""
     fixture = Fixture("opt_s5_cplx")
@@ -189,6 +191,7 @@ def test_complex_C_does_not_learn_in_the_reference_but_does_here(x64):
         assert np.median(np.abs(ours - decay * before)) > 1e-3
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", range(3))
 def test_schedule(case):
     with np.load(FOLDER / "schedule.npz") as file:

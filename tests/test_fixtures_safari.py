@@ -279,6 +279,7 @@ def test_s4d_kernel(name, dtype):
         fixture.check("out/dC", dC, of=lambda reference: slow * reference)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", SHIFT_KERNELS)
 def test_shift_kernel(name, dtype):
     fixture = Fixture(name)
@@ -288,6 +289,7 @@ def test_shift_kernel(name, dtype):
     check_kernel(fixture, layer, lambda layer: padded(layer).T[None], dtype)
 
 
+@pytest.mark.smoke
 def test_eigenvalues(key, x64):
     """A as each initialiser draws it, and B and P of HiPPO-LegS up to the phases of its eigenvectors."""
     fixture = Fixture("s4d_init_tables")
@@ -307,6 +309,7 @@ def test_eigenvalues(key, x64):
         np.testing.assert_allclose(np.abs(Vinv @ np.sqrt(n + 0.5)), np.abs(fixture[f"{nplr}/P"]), rtol=1e-9)
 
 
+@pytest.mark.smoke
 def test_modal(dtype):
     """The file has float32 alone; in float64 we are as far from it as it is from the numbers of its own parameters."""
     fixture = Fixture("modal_a")

@@ -73,6 +73,7 @@ def test_equal_to_the_sum(name, key, x64):
         np.testing.assert_allclose(got, right, atol=1e-10)
 
 
+@pytest.mark.smoke
 def test_the_start_is_the_published_one(key):
     block = nn.FNOBlock(8, (16, 16), (4, 5), key=key)
     assert block.R.shape == (8, 5, 8, 8, 2)
@@ -85,6 +86,7 @@ def model(key, grid=(6, 5), modes=(2, 3), **options):
     return FNO(1, 3, grid, modes, **{"width": D, "num_layers": 3, "hidden": 5} | options, key=key)
 
 
+@pytest.mark.smoke
 def test_parts_of_the_model(key, x64):
     """By hand: coordinates, lift, blocks of which the last is linear, two dense layers."""
     fno = drawn(lambda key: model(key, offset=0.5), key)

@@ -18,7 +18,8 @@ from s5eqx import models, nn
 from s5eqx.generate import Generation, generate, stream
 from s5eqx.samplers import Temperature
 
-MODELS = ["lm_h3", "lm_h3_hybrid", "lm_hyena", "lm_s4d", "lm_transformer"]
+MODELS = ["lm_h3_hybrid", "lm_hyena"]
+MODELS += [pytest.param(name, marks=pytest.mark.slow) for name in ("lm_h3", "lm_s4d", "lm_transformer")]
 GROUPS = {
     "convolutions": ["convolution", "hyena_implicit_2", "hyena_implicit_3", "hyena_heads", "h3_conv", "long_conv"],
     "attention": ["attention", "attention_rotary", "attention_window", "hyena_3_half_glu2", "mlp"],
@@ -151,6 +152,7 @@ def test_a_row_is_what_it_is_alone(hyena, key):
     assert (other.tokens != alone.tokens).any()
 
 
+@pytest.mark.smoke
 def test_stop(hyena, key):
     """A row ends with its first stop token; the others go on; nothing is computed when all have ended."""
     prompts = [np.arange(n) % V for n in (5, 12, 7)]
@@ -195,6 +197,7 @@ def test_the_clock_is_not_mapped(hyena, key, monkeypatch):
     assert re.search(r"\bconditional\(", programs[0])
 
 
+@pytest.mark.smoke
 def test_a_model_that_is_no_language_model(key):
     """Any causal mixer from tokens to logits: here one without a state."""
 

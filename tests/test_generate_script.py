@@ -113,6 +113,7 @@ def test_generate_reads_and_writes_by_a_tokenizer(reader, asked, monkeypatch, tm
     assert max(map(len, pieces[:-2])) < 8, "it comes in pieces"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "words, complaint",
     [

@@ -10,6 +10,7 @@ from helpers import quick_jit
 from s5eqx import nn
 
 
+@pytest.mark.smoke
 def test_heads(key, x64):
     """Every sum as it is written, in the order (head, channel)."""
     L, D, d = 7, 6, 3

@@ -59,6 +59,7 @@ def test_an_example_is_the_same_picture_at_every_resolution(size):
     assert np.std(coarse.inputs) > 0.2
 
 
+@pytest.mark.smoke
 def test_light_and_shape_are_as_described():
     """Every class is as likely; the light has its deviation, and the shape a contrast of either sign."""
     batch = Shapes(size=16).train(jnp.arange(3000, dtype=jnp.int32))
@@ -120,6 +121,7 @@ def test_every_epoch_goes_through_the_images_anew():
     assert not np.array_equal(corpus(seed=1).train(np.arange(7)).targets, batch.targets[:7])
 
 
+@pytest.mark.smoke
 def test_channels_are_normalised_by_the_training_images():
     images = corpus()
     mean, deviation = (f(images.training.astype(float), axis=(0, 1, 2)) for f in (np.mean, np.std))
@@ -185,6 +187,7 @@ def of_files(folder, **splits):
     return datasets.DatasetDict(found)
 
 
+@pytest.mark.smoke
 def test_images_of_the_hub(hub, tmp_path):
     training, evaluated = pixels(6, 4, 4, 3), pixels(3, 4, 4, 3, seed=1)
     hub["acme/images"] = of_files(tmp_path, train=training, test=evaluated)
@@ -213,6 +216,7 @@ def test_without_a_network(hub):
 # The loss and the classifier.
 
 
+@pytest.mark.smoke
 def test_images_are_scored_as_sequences_are():
     rng = np.random.default_rng(0)
     inputs, weights = rng.standard_normal((4, 2, 3, 5)), np.array([1.0, 0.0, 2.0, 1.0])

@@ -20,6 +20,7 @@ def x(length=K, width=D):
     return jnp.asarray(np.random.default_rng(3).standard_normal((length, width)), jnp.result_type(float))
 
 
+@pytest.mark.smoke
 def test_kernels_by_the_formula(key, x64):
     """Tap by tap in NumPy; channel d of operator n is column d (N-1) + n of the network's output."""
     bank = nn.ImplicitFilter(

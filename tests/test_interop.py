@@ -15,6 +15,7 @@ from s5eqx.nn import S4D, Attention, Buffer, ModalSSM, materialise
 SSM = "s5ssm_trunc_conj1_clip1_gelu"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", [SSM, "s5op_o3_sf3", "lm_s5_posemb", "hyenaop_o3", "lm_hyena"])
 def test_round_trip_keeps_names_dtypes_and_bits(name):
     fixture = Fixture(name)
@@ -138,6 +139,7 @@ def test_unused_skips_are_checked_and_come_back_as_zeros():
 # safari
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["lm_h3_hybrid", "lm_hyena", "hyena_standalone_o3", "s4d_safari_bidir", "h3conv_a"])
 def test_safari_round_trip_keeps_names_dtypes_and_bits(name):
     fixture = safari_fixture.Fixture(name)

@@ -32,6 +32,7 @@ def tokens(length=L):
     return jnp.asarray(np.random.default_rng(0).integers(0, V, length))
 
 
+@pytest.mark.smoke
 def test_parts(key):
     model, x = language_model(key, max_length=L), tokens()
     first, second = model.backbone.blocks
@@ -126,6 +127,7 @@ class Branch(eqx.Module):
         self.filter_layers = (eqx.nn.Linear(64, 64, use_bias=False, key=key),)
 
 
+@pytest.mark.smoke
 def test_gpt2_init(key):
     """One deviation everywhere, less at the ends of branches; an `output_linear` without a gate is none here."""
     mixer = lambda key: nn.hyena(64, 4, filter_width=64, key=key)
@@ -149,7 +151,7 @@ def test_gpt2_init(key):
     np.testing.assert_allclose(jnp.std(default.output_linear.weight), 1 / 8 / 2, rtol=0.1)
 
 
-@pytest.mark.parametrize("tag", ["s5", "s5_trunc", "s5_cplx"])
+@pytest.mark.parametrize("tag", ["s5", *(pytest.param(t, marks=pytest.mark.slow) for t in ("s5_trunc", "s5_cplx"))])
 def test_s5_init_has_the_statistics_of_the_s5_branch(tag, key):
     """Mean, deviation and extremes of every array over 20 models, against those of 20 official ones."""
     with np.load(FOLDER / "init_stats.npz") as file:

@@ -32,6 +32,7 @@ def dense(layer, x):
     return x @ np.asarray(layer.weight).T + np.asarray(layer.bias)
 
 
+@pytest.mark.smoke
 def test_linear_and_norm_equal_equinox(key):
     x = jnp.asarray(rows(), jnp.float32)
     for layer in (eqx.nn.Linear(D, 3, key=key), eqx.nn.Linear(D, 3, use_bias=False, key=key)):
@@ -54,6 +55,7 @@ def test_norm_is_float32_inside_and_float64_stays(x64):
     np.testing.assert_allclose(got.astype(float), exact, atol=0.02)
 
 
+@pytest.mark.smoke
 def test_activations(key, x64):
     y, (key1, key2, key3) = rows(), jr.split(key, 3)
     half1, half2, full = nn.HalfGLU1(D, key=key1), nn.HalfGLU2(D, key=key2), nn.FullGLU(D, key=key3)
@@ -68,6 +70,7 @@ def test_activations(key, x64):
         np.testing.assert_allclose(layer(jnp.asarray(y[3])), expected[3], atol=1e-12)
 
 
+@pytest.mark.smoke
 def test_mlp(key, x64):
     mlp, x = nn.MLP(D, 7, key=key), rows()
     h = dense(mlp.fc1, x)
@@ -75,6 +78,7 @@ def test_mlp(key, x64):
     np.testing.assert_allclose(mlp(jnp.asarray(x)), dense(mlp.fc2, h), atol=1e-12)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_short_conv(kernel_size, key, x64):
     conv, x = nn.ShortConv(D, kernel_size, key=key), rows()
@@ -129,6 +133,7 @@ def test_layers_that_do_not_fit(build, message, key):
         build(bank, key)
 
 
+@pytest.mark.smoke
 def test_stochastic_depth(key):
     """It keeps with probability 1 - p, the whole array at once, and rescales: the mean is the input."""
     drop, x = nn.StochasticDepth(0.25), jnp.asarray(rows(), jnp.float32)
@@ -177,9 +182,7 @@ def test_hyena_dropout_acts_on_the_products(key):
 
 
 def test_cast_and_mask_keep_the_recurrence(key):
-    block = drawn(
-        lambda key: nn.Block(nn.hyena_s5(D, 8, activation=nn.HalfGLU2, key=key), nn.MLP(D, 8, key=key)), key
-    )
+    block = drawn(lambda key: nn.Block(nn.hyena_s5(D, 8, activation=nn.HalfGLU2, key=key), nn.MLP(D, 8, key=key)), key)
     model = {"block": block, "both": (drawn(lambda key: nn.BidirectionalS5(D, 8, key=key), key), None)}
     model["count"] = jnp.arange(3)
     mask = nn.recurrence_mask(model)

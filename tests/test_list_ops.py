@@ -52,6 +52,7 @@ def arrays(batch):
 # The expressions.
 
 
+@pytest.mark.smoke
 def test_the_example_of_the_docstring():
     tokens = EXAMPLE.split()
     assert EXAMPLE in ListOps.__doc__
@@ -83,6 +84,7 @@ def test_long_expressions_fill_their_length(key):
     assert np.std(rows["lengths"]) > 200
 
 
+@pytest.mark.smoke
 def test_lengths_and_values_are_spread(key):
     rows = drawn(ListOps(max_length=200), 2000, key)
     quarters = np.histogram(rows["lengths"], bins=[100, 125, 150, 175, 201])[0]

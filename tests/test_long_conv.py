@@ -44,6 +44,7 @@ def test_causal(key, x64):
     np.testing.assert_allclose(quick_jit(conv)(x), in_loops(conv, np.asarray(x)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("glu", [True, False])
 def test_layers(glu, key, x64):
     """The second kernel sees only what is to come; both are gated, or not, in the same way."""
@@ -65,6 +66,7 @@ def test_the_squash_has_no_gradient_below_its_threshold(key):
     np.testing.assert_array_equal(gradient, np.abs(conv.kernel) > LAM)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("taps", [8, 9, 1])
 def test_smoothing(taps, x64):
     rng, p = np.random.default_rng(1), 2

@@ -33,6 +33,7 @@ score = jax.jit(score)
 next_token = eqx.filter_jit(next_token)
 
 
+@pytest.mark.smoke
 def test_score_is_the_weighted_mean(key):
     logits = jr.normal(key, (3, 5, 7))
     targets = jr.randint(key, (3, 5), 0, 7)
@@ -82,7 +83,7 @@ def with_gradient(model, batch, **options):
     return given, gradient
 
 
-@pytest.mark.parametrize("size, length", [(1, 10), (2, 8)])
+@pytest.mark.parametrize("size, length", [(1, 10), pytest.param(2, 8, marks=pytest.mark.slow)])
 def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, model):
     """Ten steps in two pieces and a shorter one, or eight in two."""
     model = eqx.nn.inference_mode(model)
@@ -132,7 +133,9 @@ def by_hand(model, batch, key, chunk):
     return total / weight, *(jax.tree.map(mean, *gradients) for gradients in (linked, alone))
 
 
-@pytest.mark.parametrize("build, size, length", [(tiny.language_model, 2, 8), pytest.param(attention_model, 1, 10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "build, size, length", [(tiny.language_model, 2, 8), pytest.param(attention_model, 1, 10, marks=pytest.mark.slow)]
+)
 def test_pieces_are_those_of_a_loop(build, size, length, key):
     """With dropout. Truncated, the gradient is the sum of those of the pieces alone, and another one."""
     model, batch = built(build), jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
@@ -180,6 +183,7 @@ class Coin(eqx.Module):
         return state, self(x, key=key)
 
 
+@pytest.mark.smoke
 def test_each_piece_of_each_sequence_draws_anew(key):
     zeros = jnp.zeros((2, 20), jnp.int32)
     rows = []

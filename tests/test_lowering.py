@@ -46,6 +46,7 @@ def cuda_is_live(monkeypatch):
     return asked
 
 
+@pytest.mark.smoke
 def test_cuda_calls_have_a_workspace_as_their_last_result(cuda_is_live):
     program = exported(jnp.ones((2, 5, 3)), "cuda")
     text = program.mlir_module()
@@ -122,6 +123,7 @@ def test_the_cuda_module_says_how_much_room_it_wants():
     assert program.mlir_module().count(f"tensor<{many}xui8>") >= 2 and f"tensor<{sums}xui8>" in program.mlir_module()
 
 
+@pytest.mark.smoke
 @native
 def test_one_export_for_two_platforms(monkeypatch):
     """The same results, with a workspace on the one and without on the other."""

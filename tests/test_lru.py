@@ -15,6 +15,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+@pytest.mark.smoke
 def test_lru_is_its_recurrence(key, x64):
     lru = nn.LRU(3, 4, key=key)
     B, C = to_complex(lru.B), to_complex(lru.C)
@@ -46,6 +47,7 @@ def test_lru_starts_finite_at_the_ends_of_the_ring(key):
         assert all(jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(eqx.filter(lru, eqx.is_array)))
 
 
+@pytest.mark.smoke
 def test_rg_lru_is_its_recurrence(key, x64):
     layer = nn.RGLRU(3, c=5.0, key=key)
     x = np.asarray(jr.normal(key, (6, 3)))

@@ -57,8 +57,8 @@ def expected(model):
     "data, sequence, parts, loss",
     [
         (2, 1, 2, next_token),
-        pytest.param(1, 2, 2, partial(next_token, logits_chunk=4), marks=pytest.mark.slow),
-        (0, 0, 4, next_token),
+        (1, 2, 2, partial(next_token, logits_chunk=4)),
+        pytest.param(0, 0, 4, next_token, marks=pytest.mark.slow),
     ],
 )
 def test_parts_and_devices_have_the_gradient_of_the_whole(data, sequence, parts, loss, model, expected):
@@ -112,6 +112,7 @@ def test_a_bfloat16_embedding_sums_its_gradient_in_float32():
     np.testing.assert_allclose(slope[:, 0].astype(np.float32), [-2 / 3 * 4096, 4096 / 3, 4096 / 3], rtol=0.01)
 
 
+@pytest.mark.smoke
 def test_a_batch_on_a_mesh_is_read_once(model):
     asked = []
 
@@ -177,6 +178,7 @@ def in_two(model, tokens):
     return jax.eval_shape(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split), tokens)
 
 
+@pytest.mark.smoke
 def test_what_cannot_be_split_over_the_length_is_refused(key):
     model = lambda mixer, **options: LanguageModel(10, 4, (mixer,), mlp_width=4, key=key, **options)
     attention, taps = Attention(4, max_length=8, key=key), ShortConv(4, 4, key=key)

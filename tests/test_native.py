@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import one_or_all
 from scan_problems import native
 
 import s5eqx
@@ -30,6 +31,7 @@ def run_python(code, *path, **environment):
     return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.smoke
 def test_backends_say_what_is_live():
     cpu, cuda = s5eqx.backends()
     assert (cpu.platform, cuda.platform) == ("cpu", "cuda")
@@ -38,6 +40,7 @@ def test_backends_say_what_is_live():
     assert not cpu.live or cpu.detail.startswith("native kernels, ")
 
 
+@pytest.mark.smoke
 def test_show_config(capsys, monkeypatch):
     monkeypatch.setenv("S5EQX_SOMETHING", "17")
     s5eqx.show_config()
@@ -118,6 +121,7 @@ H200 = ("NVIDIA H200", 9, 0)
 BUILT = "CUDA 13.0, sm_75 … sm_120, PTX 12.0"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "module, live, detail",
     [
@@ -388,21 +392,23 @@ SHAPES = {
 
 
 @native
+@one_or_all
 @pytest.mark.parametrize("target, name", [(t, n) for t, names in SHAPES.items() for n in names])
-def test_raw_targets_refuse_wrong_shapes(target, name):
+def test_raw_targets_refuse_wrong_shapes(target, name, chosen):
     dtype = bool if name == "reset" else F32
-    for shape in SHAPES[target][name]:
+    for shape in chosen(SHAPES[target][name], name):
         with pytest.raises(jax.errors.JaxRuntimeError, match=rf"s5eqx scan: {name} must be .*got \("):
             call(target, {name: (shape, dtype)})
 
 
 @native
+@one_or_all
 @pytest.mark.parametrize("target, name", [(t, n) for t, names in SHAPES.items() for n in names])
-def test_raw_targets_refuse_wrong_dtypes(target, name, x64):
+def test_raw_targets_refuse_wrong_dtypes(target, name, chosen, x64):
     """The sizing operand sets the type of the others; a change of it is then a complaint about the first of them."""
     right = (TARGETS[target][0] | TARGETS[target][1])[name][0]
     sizing = {"forward": "b", "final": "b", "backward": "g"}[target]
-    for dtype in (jnp.float64, jnp.complex64, jnp.int32, jnp.bfloat16, jnp.float16, jnp.int8):
+    for dtype in chosen((jnp.float64, jnp.complex64, jnp.int32, jnp.bfloat16, jnp.float16, jnp.int8), name):
         blamed = r"\w+" if name == sizing else name
         with pytest.raises(jax.errors.JaxRuntimeError, match=rf"s5eqx scan: {blamed} must be .*got \("):
             call(target, {name: (right, dtype)})
@@ -438,6 +444,7 @@ def test_raw_targets_refuse_wrong_calls(target):
             jax.effects_barrier()
 
 
+@pytest.mark.smoke
 @native
 def test_raw_targets_take_what_fits():
     """After all that was refused: shared and own multipliers, bytes as flags, and nothing at all."""

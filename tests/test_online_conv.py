@@ -48,6 +48,7 @@ def test_outputs_are_those_of_the_whole(blocks, x64):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
+@pytest.mark.smoke
 def test_the_end_of_a_block_changes_nothing_in_it():
     slots = jnp.arange(BLOCK * C, dtype=jnp.float32).reshape(BLOCK, C)
     np.testing.assert_array_equal(ops.tile_in_block(slots, slots, jnp.asarray(BLOCK - 1)), slots)

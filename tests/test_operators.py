@@ -80,6 +80,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
     assert {cell: result["error"] for cell, result in found.items()} == {c: r["error"] for c, r in expected.items()}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "words, said",
     [

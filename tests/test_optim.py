@@ -75,6 +75,7 @@ def directions(transformation, grads):
     return given, jax.tree.map(lambda leaf: leaf[0], states)
 
 
+@pytest.mark.smoke
 def test_soap_is_its_definition(x64):
     """A matrix, a stack of them, one that is turned from the left alone, one from the right, and a vector."""
     rng = np.random.default_rng(2409)
@@ -216,6 +217,7 @@ def mixed():
     return Mixed(dense, jnp.array([0.1, 0.7]), Buffer(jnp.array([1 / 3, 0.1])))
 
 
+@pytest.mark.smoke
 def test_schedule_free_evaluates_the_average():
     """Against its definition, for gradients of ½ p² and steps of SGD; buffers do not move by one bit."""
     lr, b1, steps = 0.3, 0.8, 7
@@ -253,6 +255,7 @@ def test_schedule_free_evaluates_the_average():
     assert whole.activation is jax.nn.relu
 
 
+@pytest.mark.smoke
 def test_weight_decay_of_any_optimiser_is_decoupled():
     model = mixed()
     grads = jax.tree.map(jnp.ones_like, eqx.filter(model, eqx.is_inexact_array))

@@ -33,6 +33,7 @@ def cole_hopf(viscosity, time, n):
     return mean - 2 * viscosity * (wave @ (1j * k)).real / wave.sum(axis=1).real
 
 
+@pytest.mark.smoke
 def test_burgers_is_the_exact_solution(x64):
     """To rounding where the grid resolves it, and with an error that falls as the fourth power of the step."""
     viscosity, time, n = 0.03, 0.3, 256
@@ -84,6 +85,7 @@ def cells_of_heat(u, diffusivity, time, steps=4000):
     return u
 
 
+@pytest.mark.smoke
 def test_heat_is_what_finite_differences_come_to(x64):
     """Closer by the square of the spacing."""
     diffusivity, time, errors = 0.05, 0.1, []

@@ -57,6 +57,7 @@ def test_with_friction_it_moves_as_in_much_finer_steps():
 # Times and targets.
 
 
+@pytest.mark.smoke
 def test_intervals_lead_to_the_times_of_the_whole_path(key):
     path = drawn(Pendulum(length=100, noise=False), 20, key)
     part = drawn(Pendulum(length=30, noise=False), 20, key)

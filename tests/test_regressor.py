@@ -88,6 +88,7 @@ def test_padding_has_no_effect(name, key, x64):
         np.testing.assert_array_equal(got[length:], 0)
 
 
+@pytest.mark.smoke
 def test_bfloat16(key):
     model = drawn(lambda key: regressor(key, num_layers=1), key)
     x, intervals = samples()

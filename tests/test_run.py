@@ -12,6 +12,7 @@ from tensorboard.util import tensor_util
 from s5eqx.train import Logger, commit, open_run, resume_command
 
 
+@pytest.mark.smoke
 def test_scalars_and_tables_are_read_back(tmp_path):
     with Logger(tmp_path) as logger:
         logger.scalars(3, {"train/loss": 0.5, "lr/rest": 1e-3})
@@ -63,6 +64,7 @@ def test_files_of_others_are_left_alone(tmp_path, overwrite):
         open_run({}, folder=tmp_path / "thesis.tex", overwrite=overwrite)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -86,6 +88,7 @@ def test_resume_and_overwrite_need_a_run(tmp_path):
         open_run({}, folder=tmp_path / "none", resume=True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "given, expected",
     [

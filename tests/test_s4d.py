@@ -14,6 +14,7 @@ from s5eqx import nn
 kernel = quick_jit(lambda ssm, length: ssm.kernel(length))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "init, real, imag",
     [
@@ -118,6 +119,7 @@ def _sizes(jaxpr):
             yield from _sizes(inner) if hasattr(inner, "eqns") else ()
 
 
+@pytest.mark.smoke
 def test_bandlimit_drops_fast_states(key, x64):
     ssm, limited = (nn.DiagonalSSM(3, 16, dt_min=0.05, bandlimit=limit, key=key) for limit in (None, 0.2))
     cycles = jnp.exp(ssm.log_Delta)[:, None] * ssm.A_imag / (2 * jnp.pi)

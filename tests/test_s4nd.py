@@ -124,6 +124,7 @@ def test_gradients_are_those_of_dense_matrices(name, key, x64):
         assert relative_error(a, b) < 1e-10, jax.tree_util.keystr(path)
 
 
+@pytest.mark.smoke
 def test_one_causal_axis_is_s4d(key, x64):
     options = {"channels": 2, "bandlimit": 0.7, "train_B": True, "discretisation": nn.Bilinear()}
     s4d = drawn(lambda key: nn.S4D(3, 8, **options, key=key), key)
@@ -176,6 +177,7 @@ def test_finer_grids_come_to_one_output(key, x64):
     assert relative_error(output(16, 1.0), finest) > 10 * errors[1]
 
 
+@pytest.mark.smoke
 def test_bandlimit_is_that_of_training(key, x64):
     """What it dropped does not come back on a finer grid, and what was trained stays on a coarser one."""
     free, limited = (build("image", key, width=5, bandlimit=limit)[0] for limit in (None, 0.8))

@@ -59,6 +59,7 @@ def test_hippo_is_the_normal_part_of_legs():
     np.testing.assert_allclose(S @ S.T, S.T @ S, atol=1e-13)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("conj_sym", [True, False])
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_diagonalise(num_blocks, conj_sym):
@@ -76,6 +77,7 @@ def test_diagonalise(num_blocks, conj_sym):
         np.testing.assert_allclose(2 * ((V * Lambda) @ Vinv).real, S, atol=1e-13)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("discretisation", [nn.ZOH(), nn.Bilinear()])
 @pytest.mark.parametrize("conj_sym", [True, False])
 def test_layer_equals_the_loop(discretisation, conj_sym, key, x64):

@@ -81,6 +81,7 @@ def kept(sampler, logits):
     return list(np.flatnonzero(stays))
 
 
+@pytest.mark.smoke
 def test_top_k_keeps_so_many_tokens():
     assert kept(TopK(2), [1.0, 5.0, 5.0, 5.0]) == [1, 2], "of equal ones the first"
     assert kept(TopK(3), [-INF, 1.0, -INF, 2.0]) == [1, 3]
@@ -88,6 +89,7 @@ def test_top_k_keeps_so_many_tokens():
     assert kept(TopK(9), [0.0, 4.0, -300.0]) == [0, 1, 2]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "p, logits, expected",
     [
@@ -104,6 +106,7 @@ def test_the_nucleus_by_hand(p, logits, expected):
     assert kept(TopP(p), logits) == expected
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("p, expected", [(0.0, [0, 1, 2, 3]), (0.2, [0, 2, 3]), (0.5, [0, 2]), (1.0, [0, 2])])
 def test_min_p_by_hand(p, expected):
     assert kept(MinP(p), [1000.0, 998.0, 1000.0, 999.0]) == expected

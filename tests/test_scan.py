@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import recurrence, recurrence_vjp, relative_error
-from scan_problems import BACKENDS, LAYOUTS, check, native, plain_scan, problem, solve
+from scan_problems import BACKENDS, LAYOUTS, OF_EACH_KERNEL, check, native, plain_scan, problem, solve
 
 from s5eqx.ops import diagonal_scan, use_backend
 from s5eqx.ops._scan_reference import blocked
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=OF_EACH_KERNEL)
 def layout(request):
     chosen = LAYOUTS[request.param]
     if chosen.is_double:
@@ -107,6 +107,7 @@ def test_native_shapes_of_a(layout):
     check(layout, [problem(layout, (), 5, 4, a=a, reset=(5,)) for a in shapes if len(a) <= 2])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["float32", "complex64", "pairs32", "pairs64"])
 def test_plain_jax(name, request):
     """What runs where no kernel is live, by the same measure."""
@@ -193,6 +194,7 @@ def test_a_bad_channel_stays_alone(backend, bad):
             assert not np.isfinite(solutions[2 + i][0][0, 0, 5])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["float32", "complex64", "pairs32"])
 @pytest.mark.parametrize(
     "backend, length",

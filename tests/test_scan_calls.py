@@ -87,6 +87,7 @@ def test_the_second_eager_call_compiles_nothing():
 # Backends.
 
 
+@pytest.mark.smoke
 @native
 def test_use_backend_switches_a_jitted_function():
     """The backend is part of jit's cache key, and what runs is what was asked for."""
@@ -157,6 +158,7 @@ def test_use_backend_nests_and_restores():
 c64, bf16 = jnp.complex64, jnp.bfloat16
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "call, error, message",
     [

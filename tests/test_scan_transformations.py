@@ -22,8 +22,16 @@ def loss_of(scan, reset=None, reverse=False):
     return loss
 
 
-@pytest.mark.parametrize("name", ["float64", "complex128", "pairs64"])
-@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize(
+    "name, varying",
+    [
+        ("complex128", True),
+        ("pairs64", False),
+        *(pytest.param("float64", varying, marks=pytest.mark.slow) for varying in (False, True)),
+        pytest.param("complex128", False, marks=pytest.mark.slow),
+        pytest.param("pairs64", True, marks=pytest.mark.slow),
+    ],
+)
 def test_check_grads(name, varying, x64):
     layout = LAYOUTS[name]
     p = problem(layout, (), 4, 2, a=(4, 2) if varying else None)
@@ -47,6 +55,7 @@ def test_second_derivatives_in_every_order(x64):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), ours, expected)
 
 
+@pytest.mark.smoke
 def test_checkpoint_linearize_and_hessian_vector_products(x64):
     p = problem(LAYOUTS["float64"], (2,), 6, 3)
     arrays = tuple(map(jnp.asarray, p.arrays))

@@ -48,7 +48,9 @@ def some_tokens(*shape):
     return jr.randint(jr.key(5), shape, 0, V)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [*("hyena_s5", "hybrid"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyena", "positions"))]
+)
 def test_a_score_is_the_same_in_one_pass_and_in_pieces(name, key, x64):
     model, tokens = eqx.filter_jit(MODELS[name])(key), some_tokens(2, L)
     model = jax.tree.map(lambda a: a.astype(jnp.float64) if eqx.is_inexact_array(a) else a, model)
@@ -91,6 +93,7 @@ def test_a_score_inside_transformations(model):
         np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_a_sequence_of_one_scores_nothing(model):
     np.testing.assert_array_equal(score(model, some_tokens(2, 1)), [0.0, 0.0])
     assert score(model, some_tokens(1), 4) == 0.0
@@ -135,6 +138,7 @@ def test_a_long_sum_is_exact(chunk):
     assert relative_error(given, -(length - 1) * np.log(V)) < 1e-6
 
 
+@pytest.mark.smoke
 def test_what_has_no_score(model):
     with pytest.raises(
         TypeError, match="score needs a model with init_state and prefill; Bigram lacks one: give it both"

@@ -15,6 +15,7 @@ def on_cpu():
     return report
 
 
+@pytest.mark.smoke
 @native
 def test_it_reports_the_native_kernels():
     report = on_cpu()

@@ -86,7 +86,8 @@ def over_two_devices(layout, p, check_vma=True):
 
 @pytest.mark.parametrize(
     "name, backend",
-    [pytest.param(name, "native", marks=native) for name in ("float32", "complex64", "pairs32")] + [("pairs32", "jax")],
+    [pytest.param(name, "native", marks=native) for name in ("complex64", "pairs32")]
+    + [pytest.param("float32", "native", marks=[native, pytest.mark.slow]), ("pairs32", "jax")],
 )
 def test_sharded_scan(name, backend):
     """Every kind of multiplier, resets, both directions; with the checks of shard_map and without."""
@@ -117,6 +118,7 @@ def test_sharded_scan(name, backend):
             assert relative_error(layout.read(one), exact) < 2e-6, f"{what}: {p.label}"
 
 
+@pytest.mark.smoke
 def test_sharded_scan_to_second_order_and_mapped(x64):
     layout = LAYOUTS["complex128"]
     p = problem(layout, (3,), 8, 2)

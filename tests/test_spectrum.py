@@ -26,6 +26,7 @@ def functions(name, n, modes):
     return rows
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", BASES)
 def test_equal_to_the_matrix(name, x64):
     """Coefficients, samples and the gradients of both, along an axis in the middle."""

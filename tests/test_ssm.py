@@ -91,6 +91,7 @@ def test_against_the_naive_loop(batch, x0, varying, gain, backend, dtype, tolera
     agree(found, expected, tolerance)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("states, width, length", [(1, 1, 1), (67, 5, 2), (16, 3, 2100)])
 def test_sizes(states, width, length, x64):
     inputs = in_dtype(draw((1,), length, width, states), "float64")
@@ -149,6 +150,7 @@ def test_an_infinite_state_keeps_its_other_part():
     assert empty[0].real == 2.0 and np.isposinf(last[0].imag) and np.isfinite(last[1:]).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_crosses_a_reset(backend):
     u, *weights, x0, _ = in_dtype(draw((), 9), "float32")

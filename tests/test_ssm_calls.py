@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import one_or_all, relative_error
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scan_problems import native
 from ssm_problems import CHUNK, draw, in_dtype
@@ -167,26 +167,28 @@ def raw(target, operands, results, attributes):
 
 
 @native
+@one_or_all
 @pytest.mark.parametrize("target, name", EACH)
-def test_raw_targets_refuse_wrong_shapes(target, name):
+def test_raw_targets_refuse_wrong_shapes(target, name, chosen):
     """`u` and `a` set the sizes: where these are others, it is another array that does not fit."""
     shape, dtype = ALL[target][name]
     wrong = [(), (*shape, 1), shape[1:], (shape[0] - 1, *shape[1:])]
     wrong += [(*shape[:i], n + 1, *shape[i + 1 :]) for i, n in enumerate(shape)]
     if name == "reset":
         wrong = [(), (L,), (1, L - 1), (1, L + 1), (3, L), (0, L), (B, L, 1)]
-    for other in wrong:
+    for other in chosen(wrong, name):
         blamed = r"\w+" if name in ("u", "a") and len(other) == len(shape) else name
         with pytest.raises(jax.errors.JaxRuntimeError, match=rf"s5eqx ssm: {blamed} must be .*; got \("):
             call(target, {name: (other, dtype)})
 
 
 @native
+@one_or_all
 @pytest.mark.parametrize("target, name", EACH)
-def test_raw_targets_refuse_wrong_dtypes(target, name, x64):
+def test_raw_targets_refuse_wrong_dtypes(target, name, chosen, x64):
     """`u` sets the type of the others."""
     shape = ALL[target][name][0]
-    for dtype in (jnp.float64, jnp.complex64, jnp.int32, jnp.bfloat16):
+    for dtype in chosen((jnp.float64, jnp.complex64, jnp.int32, jnp.bfloat16), name):
         blamed = r"\w+" if name == "u" else name
         with pytest.raises(jax.errors.JaxRuntimeError, match=rf"s5eqx ssm: {blamed} must be .*; got \("):
             call(target, {name: (shape, dtype)})
@@ -214,6 +216,7 @@ def test_raw_targets_refuse_wrong_calls(target):
             raw(target, given, shapes, attributes)
 
 
+@pytest.mark.smoke
 @native
 def test_raw_targets_take_what_fits():
     """After all that was refused: bytes as flags, one state, and nothing at all."""

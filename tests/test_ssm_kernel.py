@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda_on_host import COMPILER, CSRC, needs_compiler
-from helpers import relative_error
+from helpers import precisions, relative_error
 from scan_problems import BACKENDS, native
 from ssm_problems import BLOCKS, CHUNK, LONGEST, NAMES, check, in_dtype, naive, problem, solve
 
@@ -20,6 +20,7 @@ from s5eqx.ops import ssm, use_backend
 
 RESULTS = ("y", "last", *NAMES[:6])
 SIZE = 19, 13  # channels and states: work for several threads from some 500 steps on
+dtype = precisions("float32", "float64")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -58,7 +59,7 @@ def test_batches(rows, length, dtype):
 
 
 @native
-@pytest.mark.parametrize("width", [64, 20, 7])
+@pytest.mark.parametrize("width", [64, *(pytest.param(width, marks=pytest.mark.slow) for width in (20, 7))])
 def test_results_past_the_cache(width):
     """More than 24 MiB go straight to memory. To the bit what each half gives, which goes through the cache."""
     rows = 32  # each a task, whole or half
@@ -90,6 +91,7 @@ def test_resets_at_the_seams(dtype):
     check([problem(len(flags), length, *SIZE, reset=flags), *few], dtype)
 
 
+@pytest.mark.smoke
 @native
 @pytest.mark.parametrize("rows", [3, 9])
 def test_resets_shared_by_all_rows(rows, dtype):

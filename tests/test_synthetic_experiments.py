@@ -58,6 +58,7 @@ def test_the_page_keeps_what_others_wrote(reproduce, tmp_path):
     reproduce.check_page(page)
 
 
+@pytest.mark.smoke
 def test_the_line_of_a_page_is_the_shortest_command(reproduce):
     """However the settings were given."""
     training, recall = importlib.import_module("_training"), importlib.import_module("assoc_recall")
@@ -67,6 +68,7 @@ def test_the_line_of_a_page_is_the_shortest_command(reproduce):
     assert training.words(recall.PRESETS, "20-10", recall.PRESETS["20-10"], 1) == []
 
 
+@pytest.mark.smoke
 def test_the_page_of_the_project_is_what_the_scripts_write(reproduce, tmp_path):
     """Its form is not edited by hand: written again, it stays as it is."""
     page = ROOT / "experiments" / "REPRODUCE.md"

@@ -253,6 +253,7 @@ def test_the_tasks_are_the_published_ones(case):
 # What is shown and asked.
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "task, tokens",
     [
@@ -301,6 +302,7 @@ def test_what_counts(task):
     np.testing.assert_array_equal(drawn(task).weights, fresh[:, None] & trained)
 
 
+@pytest.mark.smoke
 def test_linear_functions():
     n, d = SERIES.num_pairs, SERIES.dimension
     steps, targets = drawn(SERIES).inputs.astype(np.float64), drawn(SERIES).targets.astype(np.float64)
@@ -495,7 +497,13 @@ def assert_same(batch, other, numbers):
         np.testing.assert_allclose(given, wanted, rtol=near, atol=near, strict=True)
 
 
-@each(*TASKS, SERIES)
+@pytest.mark.slow
+@each(*(task for task in TASKS if task is not SEVERAL_KEYS))
+def test_an_example_of_any_task_depends_on_its_number_alone(task, request):
+    test_an_example_depends_on_its_number_alone(task, request)
+
+
+@each(SEVERAL_KEYS, SERIES)
 def test_an_example_depends_on_its_number_alone(task, request):
     numbers = np.random.default_rng(0).integers(0, DRAWN, DRAWN)
     assert_same(task.train(jnp.asarray(numbers)), drawn(task), numbers)
@@ -504,6 +512,7 @@ def test_an_example_depends_on_its_number_alone(task, request):
     assert_same(dataclasses.replace(task).train_batch(3, 4), drawn(task), np.arange(12, 16))
 
 
+@pytest.mark.smoke
 @each(Majority(num_test=50))
 def test_seeds_give_other_examples_and_the_size_of_the_test_does_not(task):
     first, numbers = drawn(task), np.arange(24)

@@ -38,6 +38,7 @@ def test_an_example_is_always_the_same():
     assert np.any(positions(text, a_text(seed=4).train(indices)) != expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("count", [17, 31, 32, 33, 1000])
 def test_an_epoch_goes_through_every_window_once(count):
     text, orders, offsets = a_text(count, seed=1), [], set()
@@ -75,6 +76,7 @@ def test_the_same_on_another_split():
     assert np.argmax(other.test(np.array([0])).resets) == 2
 
 
+@pytest.mark.smoke
 def test_a_document_begins_with_the_end_of_the_one_before():
     tokens = np.array([5, 6, 9, 7, 9, 9, 8, 5, 9], np.uint16)
     text = Text(tokens, tokens, length=4, reset_at=9)
@@ -131,6 +133,7 @@ def test_all_tokens_of_the_vocabulary_are_allowed():
 # From files to tasks.
 
 
+@pytest.mark.smoke
 def test_files_to_tasks(tmp_path, capfd):
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:02}.txt").write_text(text, encoding="utf-8")

@@ -68,6 +68,7 @@ def test_bytes():
         tokenizer.decode([3, 257])
 
 
+@pytest.mark.smoke
 def test_bpe_is_learned_once_and_saved(bpe, tmp_path):
     assert bpe.vocab_size == 300 and len(bpe.encode(TEXTS[:1])[0]) < len(TEXTS[0]) / 2
     again = train_bpe(documents(*TEXTS), 300, cache=tmp_path, progress=False)
@@ -117,6 +118,7 @@ def test_refused_tokenizers(tmp_path):
             read_tokenizer(missing)
 
 
+@pytest.mark.smoke
 def test_a_tokenizer_of_the_hub(bpe, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -143,6 +145,7 @@ class Wide(AbstractTokenizer):
         return "".join(map(chr, tokens))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("tokenizer, dtype", [(Bytes(), np.uint16), (Wide(), np.uint32)])
 def test_documents_are_tokenised_once(tmp_path, monkeypatch, tokenizer, dtype, capfd):
     monkeypatch.setattr("s5eqx.data.tokens._BATCH", 100)

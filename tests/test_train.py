@@ -90,6 +90,7 @@ def test_every_trainable_leaf_has_a_label(policy, model):
     assert by_path(policy.labels(skeleton)) == labels
 
 
+@pytest.mark.smoke
 def test_published_labels(model):
     labels = by_path(PUBLISHED.labels(model))
     ssm = {path for path, label in labels.items() if label == "ssm"}
@@ -98,6 +99,7 @@ def test_published_labels(model):
     assert {name: group[:2] for name, group in PUBLISHED.groups.items()} == {"rest": (1e-3, 0.1), "ssm": (5e-4, 0.0)}
 
 
+@pytest.mark.smoke
 def test_default_labels(model):
     labels, leaves = by_path(DEFAULT.labels(model)), by_path(model)
     for path, label in labels.items():
@@ -219,6 +221,7 @@ def test_leaves_and_state_are_two_views(trainer):
     assert int(state.step) == 0
 
 
+@pytest.mark.smoke
 def test_a_dispatch_is_so_many_steps_of_plain_optax(trainer):
     """The same steps one by one, with the module."""
     policy = tiny.GROUPS

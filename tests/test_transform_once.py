@@ -74,6 +74,7 @@ def test_equal_to_the_matrices(name, key, x64):
         np.testing.assert_allclose(got, right, atol=1e-10)
 
 
+@pytest.mark.smoke
 def test_the_same_function_on_a_finer_grid(key, x64):
     """A field of the band, sampled more finely, gives the same field."""
     model = drawn(lambda key: layer("line", key), key)

@@ -77,6 +77,7 @@ def test_round_trip(make, key, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.smoke
 def test_what_is_read_runs(key, tmp_path):
     saved, tokens = eqx.nn.inference_mode(model(key, (nn.ShortConv(D, 3, key=key),))), jnp.arange(5)
     save(str(tmp_path / "model"), saved)
@@ -114,6 +115,7 @@ def test_what_a_file_cannot_hold_is_named_and_nothing_is_written(activation, wor
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model", b"before")]
 
 
+@pytest.mark.smoke
 def test_an_interrupted_save_leaves_the_file_of_before(key, tmp_path, monkeypatch):
     save(tmp_path / "model", nn.ShortConv(D, 3, key=key))
     before = (tmp_path / "model").read_bytes()
@@ -202,6 +204,7 @@ def test_numpy_scalars_are_numbers(tmp_path):
     assert rate == 0.25 and type(rate) is float
 
 
+@pytest.mark.smoke
 def test_nothing_that_a_file_names_is_run(key, tmp_path, monkeypatch):
     save(tmp_path / "model", nn.ShortConv(D, 3, key=key))
 

@@ -143,6 +143,7 @@ def finished(words):
     (place.run / "result.json").write_text(json.dumps(result))
 
 
+@pytest.mark.smoke
 def test_the_comparison_takes_the_best_of_each_and_more_seeds(here, monkeypatch, capsys):
     script, started = importlib.import_module("compare_text"), []
 

@@ -48,6 +48,16 @@ def pytest_runtest_setup(item):
         (pytest.fail if os.environ.get("S5EQX_REQUIRE_GPU") == "1" else pytest.skip)(why)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Forgets what JAX compiled, which holds more than a MiB a program, once that is a few GiB."""
+    yield
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > 2 << 30:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jr.key(2208)

@@ -5,7 +5,6 @@ import random
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -70,14 +69,20 @@ def to_pairs(z):
 
 
 def to_complex(pairs):
-    return np.asarray(pairs[..., 0]) + 1j * np.asarray(pairs[..., 1])
+    pairs = np.asarray(pairs)
+    return pairs[..., 0] + 1j * pairs[..., 1]
+
+
+def on_device(z, dtype=None):
+    """As `jnp.asarray`, which compiles a program for every shape."""
+    return jax.device_put(np.asarray(z, dtype))
 
 
 def drawn(build, key, dtype=None):
     """The model with every weight drawn anew at one scale, so that no term hides behind a small one; it costs no
     compilation."""
     rng = np.random.default_rng(2208)
-    draw = lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), dtype or leaf.dtype)
+    draw = lambda leaf: on_device(0.3 * rng.standard_normal(leaf.shape), dtype or leaf.dtype)
     skeleton = eqx.filter_eval_shape(build, key)
     return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 

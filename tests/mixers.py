@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn
+from helpers import drawn, on_device
 
 from s5eqx import models, nn
 
@@ -154,11 +154,11 @@ def build(case, key, dtype=None):
 def inputs(case, seed=0, dtype=float):
     """A sequence, and what else comes in at every step: flags that are all False, where it takes any; intervals."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.integers(0, V, L) if case.tokens else rng.standard_normal((L, D)))
-    each = {"reset": jnp.zeros(L, bool)} if case.resets else {}
+    x = rng.integers(0, V, L) if case.tokens else rng.standard_normal((L, D))
+    each = {"reset": on_device(np.zeros(L, bool))} if case.resets else {}
     if case.intervals:
-        each["intervals"] = jnp.asarray(rng.uniform(0.3, 3.0, L), dtype)
-    return x if case.tokens else x.astype(dtype), each
+        each["intervals"] = on_device(rng.uniform(0.3, 3.0, L), dtype)
+    return on_device(x, None if case.tokens else dtype), each
 
 
 def used_state(mixer, key):
@@ -169,7 +169,7 @@ def used_state(mixer, key):
         if not eqx.is_inexact_array(a):
             return a + 2
         real, imaginary = rng.standard_normal((2, *a.shape))
-        return a + jnp.asarray(real + 1j * imaginary if jnp.iscomplexobj(a) else real, a.dtype)
+        return a + on_device(real + 1j * imaginary if jnp.iscomplexobj(a) else real, a.dtype)
 
     return jax.tree.map(fill, mixer.init_state())
 

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from helpers import relative_error
+from helpers import on_device, relative_error
 
 from s5eqx.interop import from_s5, layer_from_s5, to_s5
 
@@ -38,7 +37,7 @@ class Fixture:
         return layer_from_s5(kind, params, self.config)
 
     def inputs(self, dtype, *names):
-        return [jnp.asarray(self[f"in/{name}"], dtype) for name in names]
+        return [on_device(self[f"in/{name}"], dtype) for name in names]
 
     def check(self, path, ours, of=lambda array: array):
         """Compares `ours` with the float64 array of a path such as `out/y`, after `of`.

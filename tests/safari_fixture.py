@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from helpers import relative_error
+from helpers import on_device, relative_error
 
 from s5eqx.interop import from_safari, layer_from_safari, layer_to_safari, to_safari
 
@@ -43,7 +42,7 @@ class Fixture:
         return to_safari(module) if self.kind == "lm" else layer_to_safari(self.kind, module)
 
     def inputs(self, dtype, *names):
-        return [jnp.asarray(self[name], dtype) for name in names]
+        return [on_device(self[name], dtype) for name in names]
 
     def check(self, path, ours, of=lambda array: array):
         """Compares `ours` with the float64 array of a path such as `out/y`, after `of`.

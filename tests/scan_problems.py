@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
+from helpers import on_device, recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
 
 import s5eqx
 from s5eqx.ops import diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs, use_backend
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         return z if self.is_double else z.astype(single)
 
     def store(self, z):
-        return jnp.asarray(to_pairs(z) if self.pairs else z, self.dtype)
+        return on_device(to_pairs(z) if self.pairs else z, self.dtype)
 
     def read(self, x):
         assert x.dtype == self.dtype

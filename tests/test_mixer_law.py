@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import drawn, on_device, quick_jit
 from jax import lax
 from mixers import CASES, D, L, V, assert_close, build, every_case, forms, inputs, used_state, without_flags
 
@@ -44,7 +44,7 @@ def weights_like(mixer, state, x, each):
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             return None
         real, imaginary = rng.standard_normal((2, *a.shape))
-        return jnp.asarray(real + 1j * imaginary if jnp.iscomplexobj(a) else real, a.dtype)
+        return on_device(real + 1j * imaginary if jnp.iscomplexobj(a) else real, a.dtype)
 
     return jax.tree.map(draw, out)
 
@@ -195,7 +195,7 @@ def test_vmap(case, key, x64):
     for t, (_, each) in enumerate(examples):
         if case.resets:
             each["reset"] = each["reset"].at[3 * t].set(True)
-    batch = lambda trees: jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
+    batch = lambda trees: jax.tree.map(lambda *leaves: on_device(np.stack(leaves)), *trees)
     weights = weights_like(mixer, states[0], *examples[0])
     expected = [run(whole, mixer, s, x, each, weights)[0] for s, (x, each) in zip(states, examples, strict=True)]
     mapped = lambda *args: [eqx.filter_vmap(way, in_axes=(None, 0, 0, 0))(*args) for way in (whole, steps)]
@@ -208,7 +208,8 @@ def test_vmap(case, key, x64):
 def test_dtypes_follow_the_parameters(case, dtype, key, x64):
     """Not the x64 flag, which is on here: recurrent states are at least float32 or complex64, all else is `dtype`."""
     wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-    mixer = nn.cast(build(case, key, wide), dtype)
+    as_wide = lambda model: jax.tree.map(lambda a: a.astype(wide) if eqx.is_inexact_array(a) else a, model)
+    mixer = drawn(lambda key: nn.cast(as_wide(case.build(key)), dtype), key)
     x, each = inputs(case, dtype=dtype)
     state = mixer.init_state()
     assert len({id(a) for a in jax.tree.leaves(state)}) == len(jax.tree.leaves(state)), "each can be donated"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import on_device, quick_jit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -45,7 +45,7 @@ def barely_fading(mixer):
 def in_steps(name, dtype):
     """The mixer compiled, a sequence, the state before and after every step, and the outputs."""
     mixer = barely_fading(build(CASES[name], jax.random.key(0), dtype))
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((LONGEST, D)), dtype)
+    x = np.random.default_rng(1).standard_normal((LONGEST, D)).astype(dtype)
 
     @quick_jit
     def run(mixer):
@@ -57,18 +57,18 @@ def in_steps(name, dtype):
         _, (later, y) = lax.scan(step, first, x)
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later), y
 
-    return quick_jit(mixer.prefill), x, *run(mixer)
+    return quick_jit(mixer.prefill), x, *jax.tree.map(np.asarray, run(mixer))
 
 
 def check_partition(name, dtype, pieces, tolerance):
     prefill, x, states, y = in_steps(name, dtype)
-    after = lambda t: jax.tree.map(lambda a: a[t], states)
+    after = lambda t: jax.tree.map(lambda a: on_device(a[t]), states)
     state = after(0)
     for start, stop in itertools.pairwise(itertools.accumulate(pieces, initial=0)):
         if stop > LONGEST:
             break
         state, out = prefill(state, x[start:stop])
-        assert_close((state, out), (after(stop), y[start:stop]), tolerance)
+        assert_close((state, out), (after(stop), on_device(y[start:stop])), tolerance)
 
 
 @every_name

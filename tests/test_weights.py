@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from helpers import drawn
+from helpers import drawn, on_device
 
 from s5eqx import nn
 from s5eqx.interop import load, save, weights
@@ -42,7 +42,7 @@ def model(key, mixer=mixers, **options):
 
     draw = np.random.default_rng(0).normal
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-    fill = lambda leaf: jnp.asarray(draw(size=leaf.shape), leaf.dtype) if is_shape(leaf) else leaf
+    fill = lambda leaf: on_device(draw(size=leaf.shape), leaf.dtype) if is_shape(leaf) else leaf
     return jax.tree.map(fill, eqx.filter_eval_shape(build, key))
 
 

@@ -124,7 +124,6 @@ def test_parts(key):
         np.testing.assert_allclose(model(features()), apply(model.decoder, pooled[None])[0], atol=1e-5)
 
 
-@pytest.mark.smoke
 def test_pairs(key):
     """The head of a pair tells which sequence is which, and each has its own length and intervals."""
     model = drawn(lambda key: RetrievalClassifier(body(key, MIXERS["s5"]), 2, key=key), key)

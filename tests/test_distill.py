@@ -54,6 +54,7 @@ def test_a_kernel_of_this_order_comes_out_exactly(dtype):
     assert {name: int(n) for name, n in zip(EXACT, used, strict=True) if name in expected} == expected
 
 
+@pytest.mark.smoke
 def test_delays(x64):
     """They have no such form; it comes as near as double precision allows."""
     _, errors = distill(np.eye(K)[:, 1:8], ORDER, steps=0)

@@ -172,7 +172,6 @@ def test_optimiser(name, x64):
         assert relative_error(end[path] - p, change) <= 1e-8, path
 
 
-@pytest.mark.smoke
 def test_complex_C_does_not_learn_in_the_reference_but_does_here(x64):
     """Adam receives i times the gradient of C[..., 0] for C[..., 1], so that the two halves cancel in the sum."""
     fixture = Fixture("opt_s5_cplx")

@@ -152,7 +152,6 @@ def test_a_row_is_what_it_is_alone(hyena, key):
     assert (other.tokens != alone.tokens).any()
 
 
-@pytest.mark.smoke
 def test_stop(hyena, key):
     """A row ends with its first stop token; the others go on; nothing is computed when all have ended."""
     prompts = [np.arange(n) % V for n in (5, 12, 7)]

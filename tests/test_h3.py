@@ -10,7 +10,6 @@ from helpers import quick_jit
 from s5eqx import nn
 
 
-@pytest.mark.smoke
 def test_heads(key, x64):
     """Every sum as it is written, in the order (head, channel)."""
     L, D, d = 7, 6, 3
@@ -42,6 +41,7 @@ def test_shift_starts_as_the_last_inputs(key, x64):
     assert jnp.all(jnp.abs(shift.C) <= 3**-0.5)
 
 
+@pytest.mark.smoke
 def test_shift_forgets(key, x64):
     """What it held before a chunk of at least its own size leaves no trace."""
     shift = nn.ShiftSSM(2, 3, key=key)

@@ -261,6 +261,7 @@ def test_parts(grid, key, x64):
     assert not np.allclose(*given, atol=1e-6)
 
 
+@pytest.mark.smoke
 def test_dropout(key):
     tied, free = (
         drawn(lambda key, t=t: nn.GridResidual(D, nn.S4ND(D, 4, key=key), dropout=0.5, tie_dropout=t), key)
@@ -273,6 +274,7 @@ def test_dropout(key):
     assert 0 < untouched(free).sum() < x.size and not untouched(free).all(axis=(0, 1)).any()
 
 
+@pytest.mark.smoke
 def test_bfloat16(key):
     model = drawn(lambda key: classifier(key, num_layers=1), key)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, F)), jnp.float32)

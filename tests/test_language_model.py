@@ -127,7 +127,6 @@ class Branch(eqx.Module):
         self.filter_layers = (eqx.nn.Linear(64, 64, use_bias=False, key=key),)
 
 
-@pytest.mark.smoke
 def test_gpt2_init(key):
     """One deviation everywhere, less at the ends of branches; an `output_linear` without a gate is none here."""
     mixer = lambda key: nn.hyena(64, 4, filter_width=64, key=key)

@@ -190,6 +190,7 @@ def test_bidirectional_equals_the_loop(activation, key, x64):
     assert empty.shape == (0, D)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("irregular", [False, True])
 def test_bidirectional_packs_sequences(irregular, key, x64):
     """Each is as it is alone, in value and gradient, and knows nothing of the others."""

@@ -512,7 +512,6 @@ def test_an_example_depends_on_its_number_alone(task, request):
     assert_same(dataclasses.replace(task).train_batch(3, 4), drawn(task), np.arange(12, 16))
 
 
-@pytest.mark.smoke
 @each(Majority(num_test=50))
 def test_seeds_give_other_examples_and_the_size_of_the_test_does_not(task):
     first, numbers = drawn(task), np.arange(24)

@@ -10,18 +10,18 @@ nvcc, need pip's index or its cache.
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from rows import ROOT, Failed, Skipped, attempt, clean_environment, expect, report, run
+
 SOURCES = (
     "setup.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "README.md", "BENCHMARKS.md", "LICENSE", "csrc",
     "s5eqx",
@@ -38,32 +38,6 @@ CUDA = r"cuda    live: native kernels, CUDA \d+\.\d, sm_90, PTX 9.0; no CUDA dev
 NO_COMPILER = "no C\\+\\+ compiler: looked for /nonexistent/c\\+\\+; install one or set CXX"
 
 
-class Failed(Exception):
-    """What a row showed instead of what it should."""
-
-
-def run(*command, **options) -> str:
-    """The output of a command that must succeed."""
-    said, status = attempt(*command, **options)
-    if status:
-        raise Failed(said)
-    return said
-
-
-def attempt(*command, environment=None, folder=None) -> tuple[str, int]:
-    done = subprocess.run(
-        [*map(str, command)],
-        env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
-    )  # fmt: skip
-    return done.stdout, done.returncode
-
-
-def expect(patterns: tuple[str, ...], text: str) -> None:
-    for pattern in patterns:
-        if not re.search(pattern, text):
-            raise Failed(f"{text}\nexpected: {pattern}")
-
-
 class Place:
     """A copy of the tree, and an environment that borrows the dependencies of this one."""
 
@@ -78,9 +52,7 @@ class Place:
         self.python = folder / "venv/bin/python"
         (self.site,) = (folder / "venv/lib").glob("python*/site-packages")
         (self.site / "borrowed.pth").write_text(f"{shared.dependencies}\n")
-        misleading = ("S5EQX_", "PYTHON", "CUDA", "CMAKE_ARGS", "VIRTUAL_ENV")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(misleading)}
-        self.environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "S5EQX_CUDA_ARCHS": "90"}
+        self.environment = clean_environment() | {"S5EQX_CUDA_ARCHS": "90"}
         others = [folder for folder in os.get_exec_path() if folder != sysconfig.get_path("scripts")]
         self.environment["PATH"] = os.pathsep.join([str(shared.tools), *others])
         self.environment |= variables
@@ -283,6 +255,8 @@ ROWS = (
 
 def carry_out(row: Row, shared: Shared, folder: Path) -> str:
     """Returns what a user sees of it at the end."""
+    if row.needs_toolkit and not shutil.which("nvcc"):
+        raise Skipped("no nvcc on PATH")
     place = Place(folder, shared, row.variables)
     row.prepare(place)
     said, status = row.install(place)
@@ -301,27 +275,10 @@ def carry_out(row: Row, shared: Shared, folder: Path) -> str:
 
 
 def main() -> None:
-    wanted = sys.argv[1:]
-    failed = []
     with tempfile.TemporaryDirectory() as work:
         shared = Shared(Path(work))
-        for i, row in enumerate(ROWS):
-            if wanted and not any(word in row.title for word in wanted):
-                continue
-            if row.needs_toolkit and not shutil.which("nvcc"):
-                print(f"\n--- {row.title}: skipped, no nvcc on PATH")
-                continue
-            start = time.monotonic()
-            try:
-                seen, verdict = carry_out(row, shared, Path(work) / f"row{i}"), "as expected"
-            except Failed as failure:
-                seen, verdict = str(failure), "FAILED"
-                failed.append(row.title)
-            print(f"\n--- {row.title}: {verdict} ({time.monotonic() - start:.0f} s)\n{seen}", flush=True)
-            shutil.rmtree(Path(work) / f"row{i}")
-    if failed:
-        sys.exit(f"\nfailed: {'; '.join(failed)}")
-    print("\nall rows are as expected")
+        rows = [(row.title, partial(carry_out, row, shared, Path(work) / f"row{i}")) for i, row in enumerate(ROWS)]
+        report(rows, sys.argv[1:])
 
 
 main()

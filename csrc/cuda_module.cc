@@ -30,7 +30,7 @@ ffi::Error status_of(cudaError_t status, const char* what = "s5eqx scan: ") {
   std::string text = std::string(what) + cudaGetErrorString(status);
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion)
     text += "; this build holds kernels for " S5EQX_CUDA_ARCHS_LIST
-            ". Rebuild s5eqx with S5EQX_CUDA_ARCHS set to this device's";
+            ". Build s5eqx from source with S5EQX_CUDA_ARCHS set to this device's";
   return ffi::Error::Internal(text);
 }
 
@@ -287,6 +287,15 @@ int driver() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+// Why the runtime cannot look for devices, such as a driver that is too old for it; empty where it can, and where there
+// are none to be found.
+std::string refusal() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  return status == cudaSuccess || status == cudaErrorNoDevice ? "" : cudaGetErrorString(status);
+}
+
 // Name and compute capability of each visible device. Asking makes no context.
 std::vector<std::tuple<std::string, int, int>> devices() {
   std::vector<std::tuple<std::string, int, int>> found;
@@ -334,6 +343,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = py::tuple(py::cast(s5eqx::architectures()));
   m.def("driver", &s5eqx::driver,
         "The newest CUDA version that the driver speaks, as 13000 for 13.0; 0 without a driver.");
+  m.def("refusal", &s5eqx::refusal, "Why CUDA's runtime cannot look for devices; empty where it can.");
   m.def("devices", &s5eqx::devices, "Name, major and minor compute capability of each visible device.");
   m.def("workspace_bytes", &s5eqx::workspace_of, py::arg("target"), py::arg("batch"), py::arg("length"),
         py::arg("states"), py::arg("scalar_bytes"), py::arg("is_complex"), py::arg("time_varying"));

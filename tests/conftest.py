@@ -5,13 +5,14 @@ import functools
 import gc
 import os
 
+import xla_flags
+
 # Two devices; and the compilers that take least time, which is most of the time of the tests.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
+        xla_flags.QUICK,
     ]
 )
 

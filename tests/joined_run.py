@@ -11,7 +11,9 @@ import sys
 import warnings
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags.QUICK
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

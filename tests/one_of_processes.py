@@ -7,7 +7,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags.QUICK
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import xla_flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,8 +15,7 @@ ROOT = Path(__file__).parents[1]
 def start(*words, folder=None, devices=1, stderr=subprocess.PIPE):
     """A process in `folder`, where there is no source tree to import."""
     # One device, as a user has, and the compilers that take least time.
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    flags += f" --xla_force_host_platform_device_count={devices}"
+    flags = f"{xla_flags.QUICK} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, **pipes)

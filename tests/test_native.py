@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from helpers import one_or_all
 from scan_problems import native
 
 import s5eqx
-from s5eqx.ops import _native
+from s5eqx.ops import _native, _primitive
 
 TESTS = Path(__file__).parent
 CPU = s5eqx.backends()[0]
@@ -79,7 +80,10 @@ def test_a_module_newer_than_the_runtime_is_not_registered(platform_name, regist
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_120", "compute_120")
 
 
-def cuda_module(devices=(), driver=13000, architectures=ARCHITECTURES, toolkit="13.0"):
+INSUFFICIENT = "CUDA driver version is insufficient for CUDA runtime version"
+
+
+def cuda_module(devices=(), driver=13000, architectures=ARCHITECTURES, toolkit="13.0", refusal=""):
     """As the compiled module, on a machine with these devices."""
     return SimpleNamespace(
         ffi_api=(0, 1),
@@ -88,6 +92,7 @@ def cuda_module(devices=(), driver=13000, architectures=ARCHITECTURES, toolkit="
         architectures=architectures,
         driver=lambda: driver,
         devices=lambda: list(devices),
+        refusal=lambda: refusal,
     )
 
 
@@ -138,23 +143,34 @@ BUILT = "CUDA 13.0, sm_75 … sm_120, PTX 12.0"
             True,
             "native kernels, CUDA 13.0, sm_90, PTX 9.0; no CUDA device: driver missing",
         ),
-        (  # the CUDA runtime then reports no devices
-            cuda_module(driver=12080),
+        (
+            cuda_module(driver=12080, refusal=INSUFFICIENT),
             False,
-            "built with CUDA 13.0, and the driver ends at CUDA 12.8: update the driver, or install s5eqx again with "
-            "the nvcc of CUDA 12",
+            "built with CUDA 13.0, and the driver ends at CUDA 12.8: update the driver, or install s5eqx as built with "
+            "CUDA 12, a wheel or from source with its nvcc",
+        ),
+        (
+            cuda_module(driver=12020, toolkit="12.9", refusal=INSUFFICIENT),
+            False,
+            "built with CUDA 12.9, and the driver ends at CUDA 12.2: update the driver, or install s5eqx as built with "
+            "CUDA 12.2 or older, a wheel or from source with its nvcc",
+        ),
+        (
+            cuda_module(refusal="system not yet initialized"),
+            False,
+            f"{BUILT}; no CUDA device: system not yet initialized",
         ),
         (
             cuda_module([H200, ("NVIDIA B200", 10, 0)]),
             False,
-            f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx again with "
-            'S5EQX_CUDA_ARCHS="90;100", or hide it with CUDA_VISIBLE_DEVICES',
+            f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx from source "
+            'with S5EQX_CUDA_ARCHS="90;100", or hide it with CUDA_VISIBLE_DEVICES',
         ),
         (
             cuda_module([("NVIDIA B200", 10, 0)]),
             False,
-            f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx again with "
-            'S5EQX_CUDA_ARCHS="100"',
+            f"NVIDIA B200 (sm_100) runs nothing of what was built ({BUILT}): install s5eqx from source "
+            'with S5EQX_CUDA_ARCHS="100"',
         ),
     ],
 )
@@ -171,6 +187,69 @@ def test_what_is_said_of_cuda(module, live, detail, registered, monkeypatch, cap
     for name, major, minor in module.devices():
         code = "none of it" if (major, minor) == (10, 0) else ("sm_80" if major == 8 else "sm_90")
         assert f"device  {name} (sm_{major}{minor}) runs {code}" in lines
+
+
+def lower_for_cuda():
+    scan = jax.jit(lambda b: s5eqx.ops.diagonal_scan(b[0], b))
+    return scan.trace(jnp.ones((3, 2))).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def a_gpu_of_jax(registered, monkeypatch):
+    """As where JAX has a CUDA device; nobody has been warned yet."""
+    monkeypatch.setitem(_native._loaded, "cpu", (CPU, None))
+    monkeypatch.setattr(_primitive, "_has_devices", lambda platform: True)
+    _primitive._warn_of_fallback.cache_clear()
+    yield
+    _primitive._warn_of_fallback.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "module, why",
+    [
+        (cuda_module(driver=12080, refusal=INSUFFICIENT), "built with CUDA 13.0, and the driver ends at CUDA 12.8: "),
+        (cuda_module(driver=12020, toolkit="12.9", refusal=INSUFFICIENT), "built with CUDA 12.9, and the driver ends"),
+        (cuda_module([("new", 13, 0)], driver=12020, toolkit="12.9"), r"new \(sm_130\) runs nothing of what was built"),
+    ],
+)
+def test_on_an_older_driver_plain_jax_runs_and_one_line_says_so(module, why, a_gpu_of_jax, monkeypatch):
+    monkeypatch.setattr(_native, "_import", lambda name: module)
+    with pytest.warns(RuntimeWarning, match=why) as warned:
+        assert not any("s5eqx_scan" in lower_for_cuda() for _ in range(2))
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+def test_machine_code_runs_on_an_older_driver_of_the_same_major_version(a_gpu_of_jax, monkeypatch):
+    module = cuda_module([H200], driver=12020, toolkit="12.9")
+    module.workspace_bytes = lambda *_: 16
+    monkeypatch.setattr(_native, "_import", lambda name: module)
+    assert "s5eqx_scan_forward" in lower_for_cuda()  # a warning would be an error
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize(
+    "ahead, initialised, detail",
+    [
+        (-1, 0, "built with CUDA {0}.{1}, and the driver ends at CUDA {2}.{1}: update the driver, or install s5eqx as"),
+        (0, 802, "CUDA {0}.{1}, sm_.*; no CUDA device: system not yet initialized"),
+        (0, 100, "native kernels, CUDA {0}.{1}, sm_.*; no CUDA device: none visible"),
+    ],
+)
+def test_what_the_runtime_in_the_module_says_of_a_driver(ahead, initialised, detail, tmp_path):
+    """The true module, and a driver that has a version and no more."""
+    module = _native._backend("cuda")[1]
+    if module is None:
+        pytest.skip("no kernels for CUDA")
+    major, minor = _native._release(module.toolkit)
+    (tmp_path / "driver.c").write_text(
+        f"int cuDriverGetVersion(int* version) {{ *version = {1000 * (major + ahead) + 10 * minor}; return 0; }}\n"
+        f"int cuInit(unsigned flags) {{ return {initialised}; }}\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "libcuda.so.1", "driver.c"], cwd=tmp_path, check=True)
+    code = "import s5eqx; print(s5eqx.backends()[1].detail)"
+    done = run_python(code, Path(s5eqx.__file__).parents[1], LD_LIBRARY_PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.match(detail.format(major, minor, major + ahead), done.stdout), done.stdout
 
 
 def test_cuda_is_asked_once(registered, monkeypatch):

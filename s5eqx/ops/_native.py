@@ -123,10 +123,15 @@ def _cuda_detail(module: Any) -> str:
     ptx = [f"PTX {_dotted(_capability(a))}" for a in module.architectures if a.startswith("compute_")]
     span = " … ".join([machine_code[0], *machine_code[1:][-1:]])
     built = ", ".join([f"CUDA {module.toolkit}", span, *ptx])
-    if not devices and (0, 0) < driver < (_release(module.toolkit)[0], 0):
+    if not devices and any(driver) and (refusal := module.refusal()):
+        toolkit = _release(module.toolkit)
+        if driver >= toolkit:
+            raise _NotLive(f"{built}; no CUDA device: {refusal}")
+        # Within a major version an older driver mostly does: CUDA's runtime is the judge of that.
+        older = f"CUDA {driver[0]}" if driver[0] < toolkit[0] else f"CUDA {_dotted(driver)} or older"
         raise _NotLive(
             f"built with CUDA {module.toolkit}, and the driver ends at CUDA {_dotted(driver)}: update the driver, or "
-            f"install s5eqx again with the nvcc of CUDA {driver[0]}"
+            f"install s5eqx as built with {older}, a wheel or from source with its nvcc"
         )
     if not devices:
         return f"{built}; no CUDA device: {'none visible' if any(driver) else 'driver missing'}"
@@ -136,8 +141,8 @@ def _cuda_detail(module: Any) -> str:
         wanted = ";".join(f"{major}{minor}" for major, minor in sorted({device[1:] for device in devices}))
         hide = ", or hide it with CUDA_VISIBLE_DEVICES" if len(unfit) < len(devices) else ""
         raise _NotLive(
-            f"{name} (sm_{major}{minor}) runs nothing of what was built ({built}): install s5eqx again with "
-            f'S5EQX_CUDA_ARCHS="{wanted}"{hide}'
+            f"{name} (sm_{major}{minor}) runs nothing of what was built ({built}): install s5eqx from source "
+            f'with S5EQX_CUDA_ARCHS="{wanted}"{hide}'
         )
     kinds = Counter(f"{name} (sm_{major}{minor})" for name, major, minor in devices)
     listed = ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())

@@ -1,7 +1,5 @@
 """The Fourier neural operator: from fields to fields, on any grid."""
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import numpy as np
 from s5eqx._typing import Array, Float, PRNGKeyArray, checked
 from s5eqx.models._head import wide
 from s5eqx.nn._grid import check_field, check_sizes
+from s5eqx.nn.activations import Gelu
 from s5eqx.nn.fno import FNOBlock
 
 
@@ -74,5 +73,5 @@ class FNO(eqx.Module):
         for block in self.blocks:
             h = block(h)
         # Recomputed in the backward pass: it is as large as the widest array of the model.
-        gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=False))
+        gelu = jax.checkpoint(Gelu())
         return wide(self.project2, gelu(wide(self.project1, h)))

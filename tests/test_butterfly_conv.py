@@ -12,7 +12,7 @@ import mixers
 import numpy as np
 import pytest
 import test_mixer_law
-from helpers import quick_jit
+from helpers import quick_jit, slow
 from jax.test_util import check_grads
 
 from s5eqx import nn, ops
@@ -192,9 +192,7 @@ class Slow(ops.AbstractConvAlgorithm):
         return FFT()(u, k, period) + jax.pure_callback(late, jax.ShapeDtypeStruct((), u.dtype), last)
 
 
-@pytest.mark.parametrize(
-    "candidates", [(Slow(), Monarch(2)), pytest.param((Monarch(2), Slow()), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("candidates", [(Slow(), Monarch(2)), slow((Monarch(2), Slow()))])
 def test_measured_takes_the_fastest(candidates):
     """Once for each size, also under jit, grad and vmap."""
     measured = Measured(*candidates)
@@ -258,7 +256,7 @@ def layer(key=0, width=3, max_length=20, **options):
 
 
 @pytest.mark.parametrize(
-    "block_size, sizes", [(2, (2,) * 6), (3, (3, 3, 3, 2)), (4, (4, 4, 3)), (16, (6, 7)), (40, (40,))]
+    "block_size, sizes", [(2, (2,) * 6), slow(3, (3, 3, 3, 2)), (4, (4, 4, 3)), slow(16, (6, 7)), slow(40, (40,))]
 )
 def test_it_starts_as_the_causal_convolution(block_size, sizes, x64):
     mixer = layer(block_size=block_size)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import drawn, quick_jit, slow
 
 from s5eqx import nn
 from s5eqx.models import Classifier, GPT2Init, LastPool, MeanPool, RetrievalClassifier, SequenceEncoder
@@ -47,7 +47,7 @@ def features(length=L):
     "name",
     [
         *("short_conv", "bidirectional_s5", "bidirectional_s4d"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("s5", "bidirectional_long_conv")),
+        *map(slow, ("s5", "bidirectional_long_conv")),
     ],
 )
 def test_padding_has_no_effect(name, key, x64):
@@ -71,7 +71,7 @@ def test_padding_has_no_effect(name, key, x64):
     assert not np.allclose(run(x, jnp.asarray(L))[1], expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [pytest.param("s5", marks=pytest.mark.slow), "bidirectional_s5"])
+@pytest.mark.parametrize("name", [slow("s5"), "bidirectional_s5"])
 def test_intervals(name, key, x64):
     """Padding has no effect, not on the last sample's way back either; the MLPs between the mixers are passed over."""
     model = drawn(lambda key: classifier(key, MIXERS[name], mlp_width=5, remat=name == "s5"), key)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda_on_host import SCHEDULES, Run, all_states, ask, build, case, cotangents, errors, needs_compiler
+from helpers import slow
 from scan_problems import plain_scan
 
 import s5eqx
@@ -56,9 +57,7 @@ SHAPES = (  # (B, L, P): tiles hold 256 steps of a full line of channels, and up
 )
 
 
-@pytest.mark.parametrize(
-    "dtype", ["complex64", "float64", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "complex128"))]
-)
+@pytest.mark.parametrize("dtype", ["complex64", "float64", *map(slow, ("float32", "complex128"))])
 def test_every_path(program, dtype):
     questions = []
     for i, (batch, length, states) in enumerate(SHAPES):

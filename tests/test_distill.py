@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit, relative_error
+from helpers import quick_jit, relative_error, slow
 
 from s5eqx import nn
 from s5eqx.distill import distill, distill_model
@@ -84,7 +84,7 @@ def hyena_filter(length=K, width=3):
     return conv
 
 
-@pytest.mark.parametrize("steps", [0, 20])
+@pytest.mark.parametrize("steps", [slow(0), 20])
 def test_the_reported_error_is_the_measured_one(steps, x64):
     conv = hyena_filter()
     ssm, errors = distill(conv.kernel, ORDER, skip=conv.skip, steps=steps)
@@ -175,9 +175,9 @@ def test_stack(key, x64):
 @pytest.mark.parametrize(
     ("build", "paths"),
     [
-        (lambda key: nn.hyena(6, 16, num_heads=3, filter_width=8, key=key), {".bank.mixers[0]": 3}),
+        slow(lambda key: nn.hyena(6, 16, num_heads=3, filter_width=8, key=key), {".bank.mixers[0]": 3}),
         (lambda key: nn.h3_conv(6, 16, kernel_dropout=0.0, key=key), {".shift": 6, ".ssm": 6}),
-        (lambda key: nn.LongConv(6, 16, channels=2, key=key), {".conv": 12}),
+        slow(lambda key: nn.LongConv(6, 16, channels=2, key=key), {".conv": 12}),
     ],
 )
 def test_layers(build, paths, key, x64):

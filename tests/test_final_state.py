@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit, recurrence, relative_error
+from helpers import quick_jit, recurrence, relative_error, slow
 from jax.test_util import check_grads
 from scan_problems import BACKENDS, LAYOUTS, OF_EACH_KERNEL, native, problem
 
@@ -83,8 +83,8 @@ def test_the_states_between_are_not_written():
     [
         ("float64", False),
         ("pairs64", True),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("complex128", "pairs64")),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("float64", "complex128")),
+        *(slow(name, False) for name in ("complex128", "pairs64")),
+        *(slow(name, True) for name in ("float64", "complex128")),
     ],
 )
 def test_check_grads(name, varying, x64):

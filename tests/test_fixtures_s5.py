@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import quick_jit, relative_error, to_complex
+from helpers import quick_jit, relative_error, slow, to_complex
 from s5_fixture import FOLDER, Fixture, names
 
 from s5eqx.interop import to_s5
@@ -158,7 +158,7 @@ def train(model, fixture):
     return model, np.asarray(losses), groups
 
 
-@pytest.mark.parametrize("name", ["opt_s5", pytest.param("opt_hyena", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["opt_s5", slow("opt_hyena")])
 def test_optimiser(name, x64):
     fixture = Fixture(name)
     model = fixture.load(fixture.params(np.float64))

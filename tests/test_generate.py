@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import quick_jit, slow
 from jax import lax
 from mixers import CASES, Case, D, V, build, language_model
 from safari_fixture import Fixture
@@ -19,7 +19,7 @@ from s5eqx.generate import Generation, generate, stream
 from s5eqx.samplers import Temperature
 
 MODELS = ["lm_h3_hybrid", "lm_hyena"]
-MODELS += [pytest.param(name, marks=pytest.mark.slow) for name in ("lm_h3", "lm_s4d", "lm_transformer")]
+MODELS += map(slow, ("lm_h3", "lm_s4d", "lm_transformer"))
 GROUPS = {
     "convolutions": ["convolution", "hyena_implicit_2", "hyena_implicit_3", "hyena_heads", "h3_conv", "long_conv"],
     "attention": ["attention", "attention_rotary", "attention_window", "hyena_3_half_glu2", "mlp"],
@@ -97,7 +97,7 @@ def test_official_generation(name, dtype, key):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=(1e-4 if dtype == np.float32 else 1e-9) * scale)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", ["convolutions", slow("attention"), "states"])
 def test_the_parallel_pass_gives_the_same_logits(group, key, x64, monkeypatch):
     """For every mixer, prompts of different lengths, and tiles of all sizes."""
     monkeypatch.setattr(module, "BLOCK", 8)

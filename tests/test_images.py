@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import drawn, quick_jit, slow
 from scripts import ROOT, run, start
 
 from s5eqx import nn
@@ -237,7 +237,7 @@ def classifier(key, *, num_axes=2, **options):
     return GridClassifier(F, D, CLASSES, mixer, **({"num_layers": 2, "mlp_width": 6} | options), key=key)
 
 
-@pytest.mark.parametrize("grid", [(5,), (4, 3), (2, 3, 2)])
+@pytest.mark.parametrize("grid", [(5,), (4, 3), slow((2, 3, 2))])
 def test_parts(grid, key, x64):
     """By hand, with a rate; `MLP` acts at each point."""
     model = drawn(lambda key: classifier(key, num_axes=len(grid)), key)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import drawn, quick_jit, slow
 from s5_fixture import FOLDER
 
 from s5eqx import nn
@@ -150,7 +150,7 @@ def test_gpt2_init(key):
     np.testing.assert_allclose(jnp.std(default.output_linear.weight), 1 / 8 / 2, rtol=0.1)
 
 
-@pytest.mark.parametrize("tag", ["s5", *(pytest.param(t, marks=pytest.mark.slow) for t in ("s5_trunc", "s5_cplx"))])
+@pytest.mark.parametrize("tag", ["s5", *map(slow, ("s5_trunc", "s5_cplx"))])
 def test_s5_init_has_the_statistics_of_the_s5_branch(tag, key):
     """Mean, deviation and extremes of every array over 20 models, against those of 20 official ones."""
     with np.load(FOLDER / "init_stats.npz") as file:

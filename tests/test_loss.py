@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import tiny
-from helpers import quick_jit
+from helpers import quick_jit, slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Split
 
@@ -83,7 +83,7 @@ def with_gradient(model, batch, **options):
     return given, gradient
 
 
-@pytest.mark.parametrize("size, length", [(1, 10), pytest.param(2, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size, length", [(1, 10), slow(2, 8)])
 def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, model):
     """Ten steps in two pieces and a shorter one, or eight in two."""
     model = eqx.nn.inference_mode(model)
@@ -133,9 +133,7 @@ def by_hand(model, batch, key, chunk):
     return total / weight, *(jax.tree.map(mean, *gradients) for gradients in (linked, alone))
 
 
-@pytest.mark.parametrize(
-    "build, size, length", [(tiny.language_model, 2, 8), pytest.param(attention_model, 1, 10, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("build, size, length", [(tiny.language_model, 2, 8), slow(attention_model, 1, 10)])
 def test_pieces_are_those_of_a_loop(build, size, length, key):
     """With dropout. Truncated, the gradient is the sum of those of the pieces alone, and another one."""
     model, batch = built(build), jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))

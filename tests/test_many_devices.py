@@ -15,7 +15,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import tiny
-from helpers import quick_jit
+from helpers import quick_jit, slow
 
 import s5eqx
 from s5eqx.data import AssocRecall, Batch
@@ -58,7 +58,7 @@ def expected(model):
     [
         (2, 1, 2, next_token),
         (1, 2, 2, partial(next_token, logits_chunk=4)),
-        pytest.param(0, 0, 4, next_token, marks=pytest.mark.slow),
+        slow(0, 0, 4, next_token),
     ],
 )
 def test_parts_and_devices_have_the_gradient_of_the_whole(data, sequence, parts, loss, model, expected):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, on_device, quick_jit
+from helpers import drawn, on_device, quick_jit, slow
 from jax import lax
 from mixers import CASES, D, L, V, assert_close, build, every_case, forms, inputs, used_state, without_flags
 
@@ -204,7 +204,7 @@ def test_vmap(case, key, x64):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, slow(jnp.float64)])
 def test_dtypes_follow_the_parameters(case, dtype, key, x64):
     """Not the x64 flag, which is on here: recurrent states are at least float32 or complex64, all else is `dtype`."""
     wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

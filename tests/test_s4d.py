@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit, relative_error, to_complex
+from helpers import quick_jit, relative_error, slow, to_complex
 from jax import lax
 
 from s5eqx import nn
@@ -59,7 +59,7 @@ def test_initial_B(key, x64):
     np.testing.assert_allclose(kernel(folded, 5), kernel(trained, 5), atol=1e-14)
 
 
-@pytest.mark.parametrize("length", [1, 2, 13, 2048])
+@pytest.mark.parametrize("length", [slow(1), slow(2), 13, 2048])
 def test_kernel_keeps_its_phase_in_float32(length, key):
     """The eigenvalues are those of float32; their powers are as exact as rounding allows."""
     ssm = quick_jit(lambda key: nn.DiagonalSSM(2, 64, dt_min=1e-4, key=key))(key)
@@ -129,7 +129,7 @@ def test_bandlimit_drops_fast_states(key, x64):
     np.testing.assert_allclose(kernel(limited, 9), kernel(by_hand, 9), atol=1e-14)
 
 
-@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("glu", [slow(False), True])
 def test_bidirectional(glu, key, x64):
     """Both sums as they are written, for two sequences in one."""
     L, cut = 11, 4

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit, relative_error
+from helpers import drawn, quick_jit, relative_error, slow
 from jax import lax
 
 from s5eqx import nn
@@ -104,7 +104,7 @@ def test_equals_the_convolution_written_out(name, key, x64):
     assert relative_error(forward(layer, x, rates), expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["mixed_image", "video"])
+@pytest.mark.parametrize("name", ["mixed_image", slow("video")])
 def test_gradients_are_those_of_dense_matrices(name, key, x64):
     """Of every parameter and of the input, none of them idle."""
     layer, x = build(name, key)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import drawn, quick_jit
+from helpers import drawn, quick_jit, slow
 
 from s5eqx import nn
 
@@ -173,7 +173,7 @@ def test_dt_bounds_and_dtype(key, x64):
     assert s5(key).init_state().dtype == jnp.complex128
 
 
-@pytest.mark.parametrize("activation", [eqx.nn.Identity(), nn.Gelu()])
+@pytest.mark.parametrize("activation", [slow(eqx.nn.Identity()), nn.Gelu()])
 def test_bidirectional_equals_the_loop(activation, key, x64):
     layer = drawn(lambda key: nn.BidirectionalS5(D, 8, num_blocks=2, activation=activation, key=key), key)
     assert not isinstance(layer, nn.AbstractCausalMixer)

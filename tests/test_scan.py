@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import recurrence, recurrence_vjp, relative_error
+from helpers import recurrence, recurrence_vjp, relative_error, slow
 from scan_problems import BACKENDS, LAYOUTS, OF_EACH_KERNEL, check, native, plain_scan, problem, solve
 
 from s5eqx.ops import diagonal_scan, use_backend
@@ -58,8 +58,8 @@ def test_native_lengths(layout):
     [
         ("float32", 5),
         ("complex64", 16),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("float32", 16), ("complex64", 5))),
-        *(pytest.param("complex128", states, marks=pytest.mark.slow) for states in (5, 16)),
+        *(slow(*case) for case in (("float32", 16), ("complex64", 5))),
+        *(slow("complex128", states) for states in (5, 16)),
     ],
 )
 def test_results_past_the_cache(states, dtype, key, request):

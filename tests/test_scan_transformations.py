@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit, recurrence_vjp, relative_error
+from helpers import quick_jit, recurrence_vjp, relative_error, slow
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 from scan_problems import BACKENDS, LAYOUTS, plain_scan, problem
@@ -27,9 +27,9 @@ def loss_of(scan, reset=None, reverse=False):
     [
         ("complex128", True),
         ("pairs64", False),
-        *(pytest.param("float64", varying, marks=pytest.mark.slow) for varying in (False, True)),
-        pytest.param("complex128", False, marks=pytest.mark.slow),
-        pytest.param("pairs64", True, marks=pytest.mark.slow),
+        *(slow("float64", varying) for varying in (False, True)),
+        slow("complex128", False),
+        slow("pairs64", True),
     ],
 )
 def test_check_grads(name, varying, x64):

@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import tiny
-from helpers import quick_jit, relative_error
+from helpers import quick_jit, relative_error, slow
 
 from s5eqx.models import LanguageModel
 from s5eqx.nn import S5, Attention, Rotary, ShortConv, hyena, hyena_s5
@@ -48,9 +48,7 @@ def some_tokens(*shape):
     return jr.randint(jr.key(5), shape, 0, V)
 
 
-@pytest.mark.parametrize(
-    "name", [*("hyena_s5", "hybrid"), *(pytest.param(name, marks=pytest.mark.slow) for name in ("hyena", "positions"))]
-)
+@pytest.mark.parametrize("name", ["hyena_s5", *map(slow, ("hybrid", "hyena", "positions"))])
 def test_a_score_is_the_same_in_one_pass_and_in_pieces(name, key, x64):
     model, tokens = eqx.filter_jit(MODELS[name])(key), some_tokens(2, L)
     model = jax.tree.map(lambda a: a.astype(jnp.float64) if eqx.is_inexact_array(a) else a, model)

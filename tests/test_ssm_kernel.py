@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda_on_host import COMPILER, CSRC, needs_compiler
-from helpers import precisions, relative_error
+from helpers import precisions, relative_error, slow
 from scan_problems import BACKENDS, native
 from ssm_problems import BLOCKS, CHUNK, LONGEST, NAMES, check, in_dtype, naive, problem, solve
 
@@ -34,9 +34,7 @@ def test_lengths(backend, dtype):
 
 
 @native
-@pytest.mark.parametrize(
-    "numbers", [(1, 2, 3, 4, 7, 8, 16, 17, 31, 33, 64, 67), pytest.param(range(1, 68), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("numbers", [(1, 2, 3, 4, 7, 8, 16, 17, 31, 33, 64, 67), slow(range(1, 68))])
 def test_widths_and_states(numbers, dtype):
     """From 1 to 67 of both, and around the sizes from which on all states are kept."""
     problems = [problem(2, CHUNK + 3, n, 68 - n) for n in numbers]
@@ -59,7 +57,7 @@ def test_batches(rows, length, dtype):
 
 
 @native
-@pytest.mark.parametrize("width", [64, *(pytest.param(width, marks=pytest.mark.slow) for width in (20, 7))])
+@pytest.mark.parametrize("width", [64, *map(slow, (20, 7))])
 def test_results_past_the_cache(width):
     """More than 24 MiB go straight to memory. To the bit what each half gives, which goes through the cache."""
     rows = 32  # each a task, whole or half
@@ -106,7 +104,7 @@ def test_resets_shared_by_all_rows(rows, dtype):
 
 
 @native
-@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [1, slow(8)])
 def test_long_and_nearly_undamped(rows, x64):
     """L = 131,072, |a| = 0.99999: as close to the truth as the products and the scan apart."""
     p = problem(rows, 131_072, 8, 4, radius=(0.99999, 0.99999))

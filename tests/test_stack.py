@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import quick_jit, slow
 
 from s5eqx import nn
 from s5eqx.models import DefaultInit, GPT2Init, LanguageModel, S5Init
@@ -182,7 +182,7 @@ def test_rematerialisation_keeps_less(stack, key):
     assert 3 * kept(True) < kept(False)
 
 
-@pytest.mark.parametrize("init", [DefaultInit(), S5Init(), GPT2Init()])
+@pytest.mark.parametrize("init", [DefaultInit(), slow(S5Init()), GPT2Init()])
 def test_initialisers_know_the_depth_of_a_stack(init, key):
     """Each layer of a stack is drawn for itself, and the ends of branches for the whole depth."""
     stacked, plain = (compiled(key, conv, stack=stack, init=init) for stack in (True, False))

@@ -31,7 +31,7 @@ def attempt(*command, environment=None, folder=None) -> tuple[str, int]:
     """Run a command; return its output, errors included, and its exit status."""
     done = subprocess.run(
         [*map(str, command)],
-        env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
+        env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800,
     )  # fmt: skip
     return done.stdout, done.returncode
 

@@ -119,7 +119,7 @@ def test(version: str, resolution: str, tools: Tools, folder: Path) -> str:
     seen = install(version, resolution, tools, folder)
     place = tools.work / f"{version}-{resolution}"
     programs = place / "venv/bin"
-    testers = [tool for tool in PROJECT["optional-dependencies"]["test"] if tool.startswith("pytest")]
+    testers = [tool for tool in PROJECT["optional-dependencies"]["test"] if tool.startswith(("pytest", "hypothesis"))]
     tools("uv", "pip", "install", "--python", programs / "python", *testers)
     # A copy, so that the source tree is not beside them, to be imported in place of the wheel.
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))

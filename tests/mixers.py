@@ -137,7 +137,7 @@ VARIANTS = {
     "language_model_positions",
 }
 """Each shares its code with another case: among the slow tests."""
-SMOKE = {"short_conv_4", "mlp", "s5", "hyena_2", "modal", "long_conv", "attention_window", "lru", "rg_lru", "block"}
+SMOKE = {"short_conv_4", "mlp", "s5", "modal", "long_conv", "lru", "rg_lru"}
 """Those that compile quickly: among the smoke tests."""
 
 

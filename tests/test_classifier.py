@@ -107,7 +107,6 @@ def test_padding_of_tokens(key):
     assert jnp.all(jnp.isnan(both(padded, None)))
 
 
-@pytest.mark.smoke
 def test_parts(key):
     """By hand: encoder, prenorm branches of mixer and MLP, norm, mean, decoder; and the form with the norm behind."""
     apply = lambda layer, h: h @ layer.weight.T + layer.bias[None]
@@ -180,6 +179,7 @@ def test_initial_weights(key):
         np.testing.assert_array_equal(layer.bias, 0)
 
 
+@pytest.mark.smoke
 def test_bfloat16(key):
     model = drawn(lambda key: classifier(key, MIXERS["bidirectional_s5"], num_layers=1), key)
     forward = quick_jit(lambda model, x: model(x, length=jnp.asarray(8)))

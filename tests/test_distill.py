@@ -190,7 +190,6 @@ def test_layers(build, paths, key, x64):
     assert relative_error(quick_jit(distilled)(x), quick_jit(layer)(x)) < 1e-9
 
 
-@pytest.mark.smoke
 def test_errors(key):
     h = np.ones((8, 2), np.float32)
     with pytest.raises(ValueError, match="order must be at least 1 and steps at least 0; got order=0"):

@@ -123,7 +123,6 @@ def test_a_profile_is_of_the_dispatches_after_the_first(trainer, tmp_path, monke
         fit(trainer, steps=10, profile=2, **EVERY)
 
 
-@pytest.mark.smoke
 def test_batches_come_from_the_host_while_the_devices_compute(trainer):
     happened = []
 
@@ -274,7 +273,6 @@ def test_a_finished_run_resumes_to_its_end(trainer, tmp_path):
     assert again.history == done.history
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(trainer, tmp_path, number):
     every = {**EVERY, "checkpoint_every": 10}

@@ -32,7 +32,6 @@ def dense(layer, x):
     return x @ np.asarray(layer.weight).T + np.asarray(layer.bias)
 
 
-@pytest.mark.smoke
 def test_linear_and_norm_equal_equinox(key):
     x = jnp.asarray(rows(), jnp.float32)
     for layer in (eqx.nn.Linear(D, 3, key=key), eqx.nn.Linear(D, 3, use_bias=False, key=key)):

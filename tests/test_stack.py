@@ -98,7 +98,6 @@ def test_convolutions_and_their_networks_stack(key, x64):
     assert_close(forward(stacked), forward(plain))
 
 
-@pytest.mark.smoke
 def test_a_tuple_of_equal_mixers_stacks(key):
     mixers = tuple(conv(k) for k in jr.split(key))
     plain, stacked = (compiled(key, mixers, num_layers=None, stack=stack) for stack in (False, True))

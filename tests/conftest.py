@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import xla_flags
@@ -17,6 +18,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# What is compiled serves the next run too, and programs that tests start. A file that another process has just begun to
+# write is as good as none.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / "build/compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
+
 import jax
 import jax.random as jr
 import pytest
@@ -27,6 +34,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # the time of the tests is the time of XLA's compiler
 gc.set_threshold(50_000, 20, 100)  # seldom: what JAX remembers of all that it compiled is looked through each time
+
+
+def pytest_sessionstart(session):
+    """Begins anew once what is compiled holds a GiB."""
+    compiled = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if not hasattr(session.config, "workerinput") and sum(file.stat().st_size for file in compiled.glob("*")) > 1 << 30:
+        shutil.rmtree(compiled)
 
 
 @functools.cache
@@ -52,14 +66,15 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Forgets what JAX compiled, which holds more than a MiB a program, once that is a few GiB; on Linux."""
+    """Forgets what JAX compiled, which holds more than a MiB a program, once this process has its share of half of the
+    memory; on Linux."""
     yield
-    statm = Path("/proc/self/statm")
-    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2 << 30:
+    statm, processes = Path("/proc/self/statm"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if statm.exists() and 2 * processes * int(statm.read_text().split()[1]) > os.sysconf("SC_PHYS_PAGES"):
         jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def key():
     return jr.key(2208)
 

@@ -1,11 +1,13 @@
 """Programs over eight virtual devices: prints, as JSON, what XLA made of them and how far they are from the truth.
 
-A process of its own, since the number of devices is fixed when JAX starts: `python tests/eight_devices.py`.
+A process of its own, since the number of devices is fixed when JAX starts: `python tests/eight_devices.py under_jit
+layer long_sequences`, or some of these.
 """
 
 import json
 import os
 import re
+import sys
 from functools import partial
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -117,4 +119,4 @@ def long_sequences():
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: result for part in (under_jit, layer, long_sequences) for name, result in part()}))
+    print(json.dumps({name: result for part in sys.argv[1:] for name, result in globals()[part]()}))

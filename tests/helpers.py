@@ -91,6 +91,12 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 """The values of a test's parameters for which it is slow."""
 
 
+def but_slow(cases, *names):
+    """The values of a test's parameter, for some of which it is slow, since others run the same code."""
+    assert {*names} <= {*cases}
+    return [slow(case) if case in names else case for case in cases]
+
+
 def precisions(everyday, other):
     """A fixture that runs a test in one precision, and in the other among the slow tests."""
 

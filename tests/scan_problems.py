@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import on_device, recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
+from helpers import but_slow, on_device, recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
 
 import s5eqx
 from s5eqx.ops import diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs, use_backend
@@ -63,10 +63,7 @@ LAYOUTS = {
 }
 
 
-OF_EACH_KERNEL = [
-    pytest.param(name, marks=[] if name in ("float32", "float64", "complex64", "pairs64") else pytest.mark.slow)
-    for name in LAYOUTS
-]
+OF_EACH_KERNEL = but_slow(LAYOUTS, "float64", "complex128", "pairs32")
 """Names of layouts: complex numbers and pairs, which share their kernels, take turns; all are among the slow tests."""
 
 

@@ -102,7 +102,8 @@ def test_they_go_to_devices_from_the_host(kind, devices):
         np.testing.assert_allclose(a, np.asarray(b).reshape(2, 4, *b.shape[1:]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [slow("labels"), "series"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TASKS)
 def test_they_train_the_same_on_two_devices_and_in_parts(kind):
     build, task, loss = TASKS[kind]
     runs = []

@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
-import time
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tyro
 from helpers import quick_jit
-from scripts import ROOT, run, run_here, start
+from scripts import ROOT, run, run_here
 
 from s5eqx.data import AssocRecall
 from s5eqx.interop import load
@@ -51,17 +51,21 @@ def test_assoc_recall_learns_and_says_so(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["test_loss"] == result["test_loss"]
 
 
-def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path, monkeypatch):
-    process = start(SCRIPT, *TINY, "--steps", 1_000_000, folder=tmp_path, stderr=subprocess.DEVNULL)
-    folder = tmp_path / re.match(r"run in (\S+),", process.stdout.readline())[1]
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/*00")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    command = shlex.split(output.splitlines()[-1])
-    assert command[0] == "python" and command[-1] == "--resume" and command[command.index("--run") + 1] in str(folder)
+def test_assoc_recall_stopped_prints_the_command_that_continues(tmp_path, monkeypatch, capsys):
+    def stop():
+        while not ended.wait(0.1):
+            if list(tmp_path.rglob("checkpoints/*00")):
+                return signal.raise_signal(signal.SIGTERM)
+
+    ended = threading.Event()
+    threading.Thread(target=stop).start()
+    try:
+        run_here(monkeypatch, SCRIPT, *TINY, "--steps", 20_000, folder=tmp_path)
+    finally:
+        ended.set()
+    output = capsys.readouterr().out
+    command, folder = shlex.split(output.splitlines()[-1]), re.match(r"run in (\S+),", output)[1]
+    assert command[0] == "python" and command[-1] == "--resume" and command[command.index("--run") + 1] in folder
     with pytest.raises(SystemExit, match="lr was"):  # a run resumes with its own settings
         run_here(monkeypatch, *command[1:], "--lr", 0.5, folder=tmp_path)
 

@@ -64,9 +64,17 @@ def test_the_bits_are_those_of_the_scan(name, request):
     layout = LAYOUTS[name]
     if layout.is_double:
         request.getfixturevalue("x64")
-    for p in problems_of(layout, [4 * layout.block(5) + 1]):
-        arrays = [*map(layout.store, p.arrays)]
-        np.testing.assert_array_equal(final_of(layout, p)(*arrays), last_of(layout, p)(*arrays), p.label)
+    problems = problems_of(layout, [4 * layout.block(5) + 1])
+
+    @quick_jit
+    def both(inputs):
+        return [
+            (final_of(layout, p)(*arrays), last_of(layout, p)(*arrays))
+            for p, arrays in zip(problems, inputs, strict=True)
+        ]
+
+    for p, (final, last) in zip(problems, both([[*map(layout.store, p.arrays)] for p in problems]), strict=True):
+        np.testing.assert_array_equal(final, last, p.label)
 
 
 @native

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit, relative_error
+from helpers import but_slow, quick_jit, relative_error, slow
 from safari_fixture import FOLDER, Fixture
 
 from s5eqx import nn
@@ -84,7 +84,7 @@ def heads_last(meta, name, array):
     return array.reshape(len(array), head_dim, -1).swapaxes(1, 2).reshape(array.shape)
 
 
-@pytest.mark.parametrize("name", H3_FILES)
+@pytest.mark.parametrize("name", but_slow(H3_FILES, "h3_1head_hd4", "h3_hd1", "h3_hd2"))
 def test_h3(name, dtype):
     fixture = Fixture(name)
     permute = lambda name, array: heads_last(fixture.meta, name, array)
@@ -104,7 +104,7 @@ def test_h3(name, dtype):
         fixture.check("step/y", fixture["out/y"][:, half:])
 
 
-@pytest.mark.parametrize("name", HYENA_FILES)
+@pytest.mark.parametrize("name", but_slow(HYENA_FILES, "hyena_o2_nomod_freez", "hyena_o3", "hyena_o2"))
 def test_hyena(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -125,7 +125,7 @@ def test_positions_and_decay_rates(name, key, x64):
     np.testing.assert_allclose(np.abs(bank.deltas()), np.abs(fixture["deltas"][0, 0]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", LONG_CONV_FILES)
+@pytest.mark.parametrize("name", but_slow(LONG_CONV_FILES, "longconv_nopost", "longconv_squash_C1"))
 def test_long_conv(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -149,7 +149,7 @@ def test_long_conv_kernel(dtype, key):
     np.testing.assert_allclose(envelope, fixture["out/double_exp_envelope"], rtol=1e-6)  # computed in float32
 
 
-@pytest.mark.parametrize("name", ATTENTION_FILES)
+@pytest.mark.parametrize("name", but_slow(ATTENTION_FILES, "mha_h1", "mha_h2", "rotary_mha_neox"))
 def test_attention(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -192,7 +192,7 @@ def check_masked(fixture, layer, dtype):
     fixture.check_gradient(gradient)
 
 
-@pytest.mark.parametrize("name", S4D_FILES)
+@pytest.mark.parametrize("name", but_slow(S4D_FILES, "s4d_safari_inv"))
 def test_s4d(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -265,7 +265,16 @@ def banded(fixture):
     return slow, slow * fixture["out/dC"][0]
 
 
-@pytest.mark.parametrize("name", S4D_KERNELS)
+@pytest.mark.parametrize(
+    "name",
+    but_slow(
+        S4D_KERNELS,
+        "s4dkernel_inv_zoh",
+        "s4dkernel_legs_bilinear",
+        "s4dkernel_lin_bilinear_default",
+        "s4dkernel_lin_zoh",
+    ),
+)
 def test_s4d_kernel(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -401,7 +410,7 @@ def run_model(model, tokens, cot):
     return logits, gradient
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", but_slow(MODELS, "lm_h3", "lm_s4d"))
 def test_language_model(name, dtype):
     """What these generate is in test_generate.py."""
     fixture = Fixture(name)
@@ -414,9 +423,9 @@ def test_language_model(name, dtype):
 @pytest.mark.parametrize(
     "name, mixer",
     [
-        ("hyena", lambda key: nn.hyena(64, 64, short_filter=3, filter_width=64, features=5, key=key)),
         ("h3", lambda key: nn.h3(64, 64, key=key)),
-        (
+        slow("hyena", lambda key: nn.hyena(64, 64, short_filter=3, filter_width=64, features=5, key=key)),
+        slow(
             "s4d",
             lambda key: nn.S4D(64, num_ssm=1, A_init=nn.InvInit(), B_init=nn.NormalBInit(), glu=False, key=key),
         ),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import but_slow, drawn, quick_jit
 
 from s5eqx import nn
 from s5eqx.interop import load, save
@@ -49,7 +49,7 @@ def apply(layer, h):
     return jnp.einsum("oi,...i->...o", layer.weight, h) + layer.bias[(None,) * (h.ndim - 1)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", but_slow(CASES, "line", "square"))
 def test_equal_to_the_sum(name, key, x64):
     """Output and all gradients, on the grid that it was built for and on a finer one."""
     grid, modes = CASES[name]

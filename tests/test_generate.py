@@ -255,7 +255,7 @@ def test_bad_input(hyena, key):
             call()
 
 
-@pytest.mark.parametrize("every", [1, 6])
+@pytest.mark.parametrize("every", [slow(1), 6])
 def test_failures(hyena, key, every):
     """Which token; what came before it is not lost in a stream."""
     nan = eqx.tree_at(lambda model: model.embedding, hyena, hyena.embedding.at[3].set(jnp.nan))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import drawn, quick_jit, slow
 
 from s5eqx import nn
 from s5eqx.models import LanguageModel
@@ -53,7 +53,7 @@ def test_heads_by_the_definition(key, x64):
     np.testing.assert_allclose(quick_jit(layer)(u), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("stack", [slow(False), True])
 def test_materialised_model_is_the_same_function(stack, key, x64):
     mixer = lambda key: nn.hyena(D, K, order=3, filter_width=3, key=key)
     model = drawn(lambda key: LanguageModel(7, D, mixer, num_layers=2, mlp_width=5, stack=stack, key=key), key)

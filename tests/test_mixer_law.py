@@ -204,7 +204,7 @@ def test_vmap(case, key, x64):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, slow(jnp.float64)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, *map(slow, (jnp.float32, jnp.float64))])
 def test_dtypes_follow_the_parameters(case, dtype, key, x64):
     """Not the x64 flag, which is on here: recurrent states are at least float32 or complex64, all else is `dtype`."""
     wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

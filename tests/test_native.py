@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import one_or_all
+from helpers import one_or_all, slow
 from scan_problems import native
 
 import s5eqx
@@ -231,8 +231,8 @@ def test_machine_code_runs_on_an_older_driver_of_the_same_major_version(a_gpu_of
     "ahead, initialised, detail",
     [
         (-1, 0, "built with CUDA {0}.{1}, and the driver ends at CUDA {2}.{1}: update the driver, or install s5eqx as"),
-        (0, 802, "CUDA {0}.{1}, sm_.*; no CUDA device: system not yet initialized"),
-        (0, 100, "native kernels, CUDA {0}.{1}, sm_.*; no CUDA device: none visible"),
+        slow(0, 802, "CUDA {0}.{1}, sm_.*; no CUDA device: system not yet initialized"),
+        slow(0, 100, "native kernels, CUDA {0}.{1}, sm_.*; no CUDA device: none visible"),
     ],
 )
 def test_what_the_runtime_in_the_module_says_of_a_driver(ahead, initialised, detail, tmp_path):

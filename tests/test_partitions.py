@@ -79,6 +79,12 @@ def test_any_partition_in_float64(name, pieces, x64):
 
 
 @every_name
+@pytest.mark.slow
+def test_partition_in_any_float32(name):
+    test_partition_in_float32(name)
+
+
+@pytest.mark.parametrize("name", ["s5", "s4d_shared", "hyena_implicit_3"])
 def test_partition_in_float32(name):
     """64 steps add up roundings of 6e-8 each, in another order than the parallel forms do."""
     for pieces in ((LONGEST,), (13, 13, 13, 13)):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import but_slow, drawn, quick_jit
 
 from s5eqx import nn
 from s5eqx.interop import load, save
@@ -64,7 +64,7 @@ def test_causal_mixers_predict_from_the_past(name, key, x64):
             assert not np.allclose(other[t + 1], y[t + 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", but_slow(MIXERS, "s5"))
 def test_padding_has_no_effect(name, key, x64):
     """The predictions are those of the sequence alone, and no gradient reaches the padding."""
     model = drawn(lambda key: regressor(key, name), key)

@@ -50,7 +50,9 @@ def test_wide_layers_of_several_blocks(width, states, dtype):
 
 
 @native
-@pytest.mark.parametrize("rows, length", [(1, 2117), (3, 2117), (15, 1601), (17, 1601), (65, 131), (150, 67)])
+@pytest.mark.parametrize(
+    "rows, length", [(3, 2117), (17, 1601), (150, 67), *(slow(*sizes) for sizes in ((1, 2117), (15, 1601), (65, 131)))]
+)
 def test_batches(rows, length, dtype):
     """Few rows, whose blocks hand their carries on; more, each of which is a task; and so many that they share one."""
     check([problem(rows, length, *SIZE, radius=(0.99, 0.999), reset=reset) for reset in (False, True)], dtype)

@@ -50,6 +50,8 @@ TINY = [  # with fewer examples than are drawn here; half of them make the test
     SelectiveCopying(5, 5, 2, num_test=45),
     Addition(1, num_test=50),
 ]
+ALIKE = [*(TASKS[i] for i in (0, 2, 4, 5, 6)), TINY[0], TINY[2]]
+"""Tasks that have a twin among the others, with more keys or triggers, or fewer examples: among the slow tests."""
 DRAWN = 20_000
 
 
@@ -57,9 +59,8 @@ def each(*tasks):
     """Runs a test on each task; one worker process has all that is about it."""
     number = lambda value: "-".join(map(str, [v for v in value if v is not None]))
     name = lambda task: f"{type(task).__name__}-{number(dataclasses.astuple(task)[3:])}"
-    return pytest.mark.parametrize(
-        "task", [pytest.param(task, id=name(task), marks=pytest.mark.xdist_group(name(task))) for task in tasks]
-    )
+    marks = lambda task: [pytest.mark.xdist_group(name(task)), *[pytest.mark.slow] * (task in ALIKE)]
+    return pytest.mark.parametrize("task", [pytest.param(task, id=name(task), marks=marks(task)) for task in tasks])
 
 
 @functools.cache

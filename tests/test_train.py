@@ -292,6 +292,7 @@ def test_evaluation_is_of_the_examples_asked_for(trainer):
         trainer.evaluate(leaves, 0)
 
 
+@pytest.mark.slow
 def test_a_language_model_learns():
     trainer = tiny.trainer(tiny.language_model, steps_per_dispatch=100)
     leaves, first = trainer.run(trainer.init())

@@ -172,7 +172,7 @@ def _load(entry, given, shape):
 
 def as_given(name: str, array: Shaped[Array, "..."]) -> jax.Array:
     """A copy of `array` for JAX, in its own dtype."""
-    ours = jnp.array(array)
+    ours = jax.device_put(np.array(array))  # `jnp.array` compiles a program for every shape
     if ours.dtype != array.dtype:
         raise ValueError(
             f"{name} must keep its dtype, {array.dtype}, but JAX would make it {ours.dtype}. "

@@ -137,6 +137,7 @@ def logits(model, tokens):
     return quick_jit(lambda model, tokens: model(tokens))(model, tokens)
 
 
+@pytest.mark.slow
 def test_language_model(key, x64):
     """As near to the original as the report says, exact in chunks and steps, and without a longest sequence."""
     model, tokens = language_model(key), jr.randint(key, (32,), 0, 7, jnp.int32)

@@ -267,6 +267,7 @@ def test_vocabulary_and_width(key):
         Backbone(7, (block,))
 
 
+@pytest.mark.slow
 def test_initialisation_compiles(key):
     """Built under jit it is the same model, and its shapes are known without building it."""
     build = lambda key: language_model(key, lambda key: nn.hyena_s5(D, 4, key=key), max_length=L)

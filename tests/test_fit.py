@@ -307,6 +307,14 @@ def test_a_second_signal_acts_at_once(ctrl_c_interrupts):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_between_two_trainings_stops_the_next(trainer, ctrl_c_interrupts):
+    with interruption() as asked:
+        signal.raise_signal(signal.SIGINT)
+        result = fit(trainer, steps=10, progress=False, **EVERY)
+    assert asked and (result.interrupted, result.step) == (True, 0)
+    assert not fit(trainer, steps=5, progress=False, **EVERY).interrupted
+
+
 def test_the_checkpoint_says_what_it_is(trainer, tmp_path):
     fit(trainer, steps=5, run=open_run({"lr": 0.1}, folder=tmp_path), progress=False, **EVERY)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:

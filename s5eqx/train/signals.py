@@ -19,12 +19,16 @@ class Interruption:
         self._requested = True
 
 
+_open: list[Interruption] = []
+"""Those of the main thread, each within the one before it."""
+
+
 @contextlib.contextmanager
 def interruption() -> Iterator[Interruption]:
     """Inside, the first Ctrl-C or SIGTERM only makes the yielded object true; a second one acts as before.
 
-    The handlers from before are put back at the end. Outside the main thread Python cannot catch signals,
-    and nothing is changed.
+    Within another one that is true already, it is true from its start. The handlers from before are put back at the
+    end. Outside the main thread Python cannot catch signals, and nothing is changed.
     """
     asked = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -32,6 +36,9 @@ def interruption() -> Iterator[Interruption]:
         return
     signals = signal.SIGINT, signal.SIGTERM
     before = {number: signal.getsignal(number) for number in signals}
+    if any(_open):
+        asked.request()
+    _open.append(asked)
 
     def restore():
         for number, handler in before.items():
@@ -46,4 +53,5 @@ def interruption() -> Iterator[Interruption]:
     try:
         yield asked
     finally:
+        _open.pop()
         restore()

@@ -120,7 +120,7 @@ def test_hyena_operator(name, dtype):
     fixture.check("out/filter_k", filters[:, : fixture.config["L"]])
 
 
-@pytest.mark.parametrize("name", but_slow(names("lm_*"), "lm_s5"))
+@pytest.mark.parametrize("name", but_slow(names("lm_*"), "lm_s5", "lm_s5_cplx"))
 def test_language_model(name, dtype):
     fixture = Fixture(name)
     model = fixture.load(fixture.params(dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit, slow
+from helpers import but_slow, quick_jit, slow
 from jax import lax
 from mixers import CASES, Case, D, V, build, language_model
 from safari_fixture import Fixture
@@ -22,17 +22,10 @@ MODELS = ["lm_h3_hybrid", "lm_hyena"]
 MODELS += map(slow, ("lm_h3", "lm_s4d", "lm_transformer"))
 GROUPS = {
     "convolutions": ["convolution", "hyena_implicit_2", "hyena_implicit_3", "hyena_heads", "h3_conv", "long_conv"],
-    "attention": ["attention", "attention_rotary", "attention_window", "hyena_3_half_glu2", "mlp"],
-    "states": [
-        "s5_full_gelu",
-        "hyena_2",
-        "s4d_shared",
-        "shift_ssm",
-        "h3_heads",
-        "modal",
-        "lru",
-        "rg_lru",
-        "short_conv_4",
+    "states": ["hyena_2", "h3_heads", "modal", "lru", "rg_lru", "short_conv_4"],
+    "parts of these, attention": [
+        *("s5_full_gelu", "s4d_shared", "shift_ssm", "mlp"),
+        *("attention", "attention_rotary", "attention_window", "hyena_3_half_glu2"),
     ],
 }
 """Mixers by what compiles together in one model."""
@@ -97,7 +90,7 @@ def test_official_generation(name, dtype, key):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=(1e-4 if dtype == np.float32 else 1e-9) * scale)
 
 
-@pytest.mark.parametrize("group", ["convolutions", slow("attention"), "states"])
+@pytest.mark.parametrize("group", but_slow(GROUPS, "parts of these, attention"))
 def test_the_parallel_pass_gives_the_same_logits(group, key, x64, monkeypatch):
     """For every mixer, prompts of different lengths, and tiles of all sizes."""
     monkeypatch.setattr(module, "BLOCK", 8)

@@ -140,7 +140,7 @@ def test_clipped_systems_are_stable(discretisation, key):
     assert np.abs(Lambda_bar(unclipped))[0] > 1
 
 
-@pytest.mark.parametrize("C_init", [nn.TruncatedNormal(), nn.LecunNormal(), nn.ComplexNormal()])
+@pytest.mark.parametrize("C_init", [*map(slow, (nn.TruncatedNormal(), nn.LecunNormal())), nn.ComplexNormal()])
 def test_every_leaf_is_real_and_the_effective_C_learns(C_init, key):
     """With C as complex pairs, as in the reference, the two updates cancel and C never moves."""
     layer = s5(key, C_init=C_init)
@@ -191,7 +191,7 @@ def test_bidirectional_equals_the_loop(activation, key, x64):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("irregular", [False, True])
+@pytest.mark.parametrize("irregular", [slow(False), True])
 def test_bidirectional_packs_sequences(irregular, key, x64):
     """Each is as it is alone, in value and gradient, and knows nothing of the others."""
     layer = nn.BidirectionalS5(D, 8, key=key)

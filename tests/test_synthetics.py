@@ -523,7 +523,7 @@ def test_seeds_give_other_examples_and_the_size_of_the_test_does_not(task):
     assert (np.asarray(other.inputs) != first.inputs[:24]).reshape(24, -1).any(axis=1).all()
 
 
-@each(dataclasses.replace(TASKS[0], num_examples=60), dataclasses.replace(SERIES, num_examples=60))
+@each(dataclasses.replace(TASKS[0], num_examples=60))
 def test_an_epoch_goes_through_the_set_once_in_a_fresh_order(task):
     first, second = np.asarray(task.train(jnp.arange(120)).inputs).reshape(2, 60, -1)
     endless = drawn(dataclasses.replace(task, num_examples=None)).inputs[:60].reshape(60, -1)
@@ -531,6 +531,12 @@ def test_an_epoch_goes_through_the_set_once_in_a_fresh_order(task):
     assert as_set(first) == as_set(second) == as_set(endless)
     assert (first != second).any(axis=1).sum() > 40
     assert (first != endless).any(axis=1).sum() > 40
+
+
+@pytest.mark.slow
+@each(dataclasses.replace(SERIES, num_examples=60))
+def test_an_epoch_of_series_goes_through_the_set_once_in_a_fresh_order(task):
+    test_an_epoch_goes_through_the_set_once_in_a_fresh_order(task)
 
 
 # Any length.

@@ -108,6 +108,11 @@ CASES = {
     "language_model_hybrid": Case(
         lambda key: language_model(key, (hyena(key), nn.Attention(D, window=4, key=key)), remat=True), tokens=True
     ),
+    "language_model_s4d": Case(
+        lambda key: language_model(key, (nn.S4D(D, 4, key=key), nn.Attention(D, window=4, key=key)), remat=True),
+        tokens=True,
+        fft=True,
+    ),
     "language_model_stack": Case(
         lambda key: language_model(key, implicit, num_layers=2, stack=True), tokens=True, fft=True, resets=False
     ),
@@ -136,6 +141,7 @@ VARIANTS = {
     "stack",
     "language_model",
     "language_model_positions",
+    "language_model_s4d",
 }
 """Each shares its code with another case: among the slow tests."""
 SMOKE = {"short_conv_4", "mlp", "s5", "modal", "long_conv", "lru", "rg_lru"}

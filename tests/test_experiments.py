@@ -28,9 +28,8 @@ TINY = shlex.split(
 
 
 def test_assoc_recall_learns_and_says_so(tmp_path, monkeypatch, capsys):
-    start = functools.partial(run_here, monkeypatch, SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
-    start()
-    output = capsys.readouterr().out
+    code, output, errors = run(SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
+    assert code == 0, errors
     result = json.loads(output.splitlines()[-1])
     assert result == json.loads((tmp_path / "here/result.json").read_text())
     assert {"test_loss", "seconds", "seconds_to_99", "commit", "versions"} <= result.keys()
@@ -45,9 +44,10 @@ def test_assoc_recall_learns_and_says_so(tmp_path, monkeypatch, capsys):
     right = np.argmax(logits[:, -1], axis=-1) == batch.targets[:, -1]
     assert np.mean(right) == pytest.approx(result["test_accuracy"]), "the file holds the trained model"
 
+    again = functools.partial(run_here, monkeypatch, SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
     with pytest.raises(SystemExit, match="holds another run"):
-        start()
-    start("--resume")
+        again()
+    again("--resume")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["test_loss"] == result["test_loss"]
 
 

@@ -106,7 +106,7 @@ CASES = {
     "stack": Case(lambda key: nn.Stack.of([s5(k) for k in jr.split(key)])),
     "language_model": Case(lambda key: language_model(key, (hyena(key), conv(key))), tokens=True),
     "language_model_hybrid": Case(
-        lambda key: language_model(key, (hyena(key), nn.Attention(D, window=4, key=key)), remat=True), tokens=True
+        lambda key: language_model(key, (conv(key), nn.Attention(D, window=4, key=key)), remat=True), tokens=True
     ),
     "language_model_s4d": Case(
         lambda key: language_model(key, (nn.S4D(D, 4, key=key), nn.Attention(D, window=4, key=key)), remat=True),
@@ -138,10 +138,10 @@ VARIANTS = {
     "attention",
     "block",
     "backbone",
-    "stack",
     "language_model",
     "language_model_positions",
     "language_model_s4d",
+    "language_model_stack",
 }
 """Each shares its code with another case: among the slow tests."""
 SMOKE = {"short_conv_4", "mlp", "s5", "modal", "long_conv", "lru", "rg_lru"}

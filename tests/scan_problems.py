@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import but_slow, on_device, recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
+from helpers import but_slow, on_device, quick_jit, recurrence, recurrence_vjp, relative_error, to_complex, to_pairs
 
 import s5eqx
 from s5eqx.ops import diagonal_scan, diagonal_scan_pairs, final_state, final_state_pairs, use_backend
@@ -117,7 +117,7 @@ def solve(layout, problems, backend="native"):
 
     inputs = [[layout.store(z) for z in (*p.arrays, p.g)] for p in problems]
     with use_backend(backend):
-        return jax.tree.map(layout.read, jax.jit(everything)(inputs))
+        return jax.tree.map(layout.read, quick_jit(everything)(inputs))
 
 
 def check(layout, problems, backend="native", tolerance=2e-6):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit
+from helpers import drawn, on_device, quick_jit
 
 from s5eqx import nn
 
@@ -15,7 +15,7 @@ RESET = np.isin(np.arange(L), [4, 6])
 
 
 def sequence(dtype=float, length=L):
-    return jnp.asarray(np.random.default_rng(0).standard_normal((length, D)), dtype)
+    return np.random.default_rng(0).standard_normal((length, D)).astype(dtype)
 
 
 def in_loops(layer, x, window, reset, keep):
@@ -39,74 +39,80 @@ def test_it_is_what_the_loops_say(window, packed, padded, key, x64):
     layer, x = drawn(lambda key: nn.Attention(D, H, max_length=L, window=window, key=key), key), sequence()
     # The first two are left out, so that token 0 has nothing to attend to; so is one in the middle.
     reset, keep = packed & RESET, ~(padded & np.isin(np.arange(L), [0, 1, 5]))
-    given = {"reset": jnp.asarray(reset)} if packed else {}
-    if padded:
-        given["key_padding_mask"] = jnp.asarray(keep)
+    given = ({"reset": reset} if packed else {}) | ({"key_padding_mask": keep} if padded else {})
     expected = in_loops(layer, x, window or L, reset, keep)
-    np.testing.assert_allclose(quick_jit(layer)(x, **given), expected, rtol=0, atol=1e-12)
+
+    @quick_jit
+    def gradient_and_output(layer, x):
+        return jax.grad(lambda x: (jnp.sum((y := layer(x, **given)) ** 2), y), has_aux=True)(x)
+
+    gradient, y = gradient_and_output(layer, x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12)
 
     # JAX's own attention, which runs below float64.
-    low = jax.tree.map(lambda a: a.astype(jnp.float32) if eqx.is_array(a) else a, layer)
-    gradient = lambda layer, x: jnp.sum(layer(x, **given) ** 2)
-    got = quick_jit(lambda layer, x: (layer(x, **given), jax.grad(gradient, 1)(layer, x)))(low, sequence(jnp.float32))
-    np.testing.assert_allclose(got[0], expected, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(got[1], quick_jit(jax.grad(gradient, 1))(layer, x), rtol=0, atol=2e-5)
+    low = jax.tree.map(lambda a: on_device(a, np.float32) if eqx.is_array(a) else a, layer)
+    low_gradient, low_y = gradient_and_output(low, sequence(np.float32))
+    np.testing.assert_allclose(low_y, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(low_gradient, gradient, rtol=0, atol=2e-5)
 
 
 @pytest.mark.smoke
 def test_rotary_pairs(x64):
     """Every pair turns as a complex number does; what is not turned stays."""
-    x, positions = jr.normal(jr.key(0), (5, H, 6)), jnp.array([0, 1, 7, 1000, 131072], jnp.int32)
-    turn = np.exp(1j * np.asarray(positions)[:, None, None] * 100.0 ** (-np.array([0, 2]) / 4))
+    x, positions = np.random.default_rng(0).standard_normal((5, H, 6)), np.array([0, 1, 7, 1000, 131072], np.int32)
+    turned = quick_jit(lambda rotary, x, t: (rotary(x, t), rotary(x[3], t[3]), rotary(x.astype(jnp.bfloat16), t)))
+    turn = np.exp(1j * positions[:, None, None] * 100.0 ** (-np.array([0, 2]) / 4))
     for interleaved, a, b in ((False, x[..., :2], x[..., 2:4]), (True, x[..., 0:4:2], x[..., 1:4:2])):
-        z = (np.asarray(a) + 1j * np.asarray(b)) * turn
+        z = (a + 1j * b) * turn
         expected = np.stack([z.real, z.imag], -1 if interleaved else -2).reshape(5, H, 4)
         rotary = nn.Rotary(4, base=100.0, interleaved=interleaved)
-        got = rotary(x, positions)
+        got, one, low = map(np.asarray, turned(rotary, x, positions))
         np.testing.assert_allclose(got[..., :4], expected, rtol=0, atol=1e-9)
         np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
-        np.testing.assert_array_equal(rotary(x[3], positions[3]), got[3])
+        np.testing.assert_array_equal(one, got[3])
         # The angles are float32 at least: in bfloat16, position 1000 would be off by radians.
-        low = rotary(x.astype(jnp.bfloat16), positions)
         np.testing.assert_allclose(low.astype(float), got, rtol=0, atol=0.03)
 
 
 def test_dropout_is_of_weights(key):
-    layer, x = nn.Attention(D, H, max_length=L, dropout=0.4, key=key), sequence(jnp.float32)
-    call = quick_jit(lambda layer, key: layer(x, key=key))
-    whole = call(eqx.nn.inference_mode(layer), None)
-    draws = quick_jit(jax.vmap(lambda key: layer(x, key=key)))(jr.split(key, 4000))
-    np.testing.assert_allclose(jnp.mean(draws, axis=0), whole, rtol=0, atol=0.03)
+    layer = drawn(lambda key: nn.Attention(D, H, max_length=L, dropout=0.4, key=key), key)
+    x = sequence(np.float32)
+    draw = jax.vmap(lambda key: layer(x, key=key))
+    whole, draws = quick_jit(lambda key: (eqx.nn.inference_mode(layer)(x), draw(jr.split(key, 4000))))(key)
+    draws = np.asarray(draws)
+    np.testing.assert_allclose(draws.mean(axis=0), whole, rtol=0, atol=0.03)
     # The first token has one weight a head: either lost, or 1 / 0.6 of what it was.
-    to_zero = jnp.all(jnp.abs(draws[:, 0] - layer.out_proj.bias[None]) < 1e-6, axis=1)
-    np.testing.assert_allclose(jnp.mean(to_zero), 0.4**H, atol=0.03)
+    to_zero = np.all(np.abs(draws[:, 0] - np.asarray(layer.out_proj.bias)) < 1e-6, axis=1)
+    np.testing.assert_allclose(to_zero.mean(), 0.4**H, atol=0.03)
     with pytest.raises(RuntimeError, match="key"):
-        layer(x)
+        eqx.filter_eval_shape(layer, x)
 
 
 def test_a_reset_drops_what_is_not_finite(key):
     layer = drawn(lambda key: nn.Attention(D, H, max_length=L, short_conv=3, key=key), key)
-    step = quick_jit(layer.step)
-    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan) if eqx.is_inexact_array(a) else a, layer.init_state())
-    new_state, y = step(layer.init_state(), sequence()[0], reset=jnp.array(False))
-    got_state, got = step(broken, sequence()[0], reset=jnp.array(True))
-    assert eqx.tree_equal((got_state, got), (new_state, y))
+    step, state = quick_jit(layer.step), quick_jit(layer.init_state)()
+    broken = jax.tree.map(lambda a: np.full_like(a, np.nan) if eqx.is_inexact_array(a) else a, state)
+    expected = step(state, sequence()[0], reset=np.array(False))
+    got = step(broken, sequence()[0], reset=np.array(True))
+    assert eqx.tree_equal(*jax.tree.map(np.asarray, (got, expected)))
 
 
 def test_lengths(key):
-    layer, x = nn.Attention(D, H, max_length=L, key=key), sequence(jnp.float32, L + 1)
+    build = lambda **options: drawn(lambda key: nn.Attention(D, H, **options, key=key), key)
+    layer, x = build(max_length=L), sequence(np.float32, L + 1)
     too_long = "longer than the attention's max_length, 9 tokens"
-    for call in (layer, lambda x: layer.prefill(layer.init_state(), x)):
+    run = lambda x, reset=None: layer.prefill(layer.init_state(), x, reset=reset)
+    for call in (layer, run):
         with pytest.raises(ValueError, match=too_long):
-            call(x)
-    run = quick_jit(lambda state, x, reset: layer.prefill(state, x, reset=reset))
-    state, _ = run(layer.init_state(), x, jnp.arange(L + 1) == 1)  # two sequences, the second one just fits
+            eqx.filter_eval_shape(call, x)
+    run, step = quick_jit(run), quick_jit(layer.step)
+    state, _ = run(x, np.arange(L + 1) == 1)  # two sequences, the second one just fits
     with pytest.raises(RuntimeError, match=too_long):
-        run(layer.init_state(), x, jnp.arange(L + 1) > L)
+        run(x, np.arange(L + 1) > L)
     with pytest.raises(RuntimeError, match=too_long):
-        quick_jit(layer.step)(state, x[0])
-    quick_jit(layer.step)(state, x[0], reset=jnp.array(True))
-    assert nn.Attention(D, window=2, key=key)(x).shape == x.shape
+        step(state, x[0])
+    step(state, x[0], reset=np.array(True))
+    assert quick_jit(build(window=2))(x).shape == x.shape
 
 
 @pytest.mark.smoke

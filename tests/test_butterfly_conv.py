@@ -5,6 +5,7 @@ import time
 from typing import ClassVar
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,7 +13,7 @@ import mixers
 import numpy as np
 import pytest
 import test_mixer_law
-from helpers import but_slow, quick_jit, slow
+from helpers import but_slow, on_device, quick_jit, slow
 from jax.test_util import check_grads
 
 from s5eqx import nn, ops
@@ -138,17 +139,17 @@ def uses_fft(function, *args):
 def test_layers_use_what_is_chosen(x64):
     """A jitted function is compiled anew, and steps agree with what the algorithm computes."""
     x = drawn((20, 4))[0]
-    layer = quick_jit(lambda key: nn.S4D(4, 6, key=key))(jr.key(0))
+    layer = helpers.drawn(lambda key: nn.S4D(4, 6, key=key), jr.key(0))
     call = jax.jit(lambda x: layer(x))
     steps = quick_jit(lambda x: jax.lax.scan(layer.step, layer.init_state(), x)[1])(x)
     with_fft = call(x)
-    for algorithm in (Monarch(2), Chunked(Monarch(3), 3), ThreePass(4)):
+    for already, algorithm in enumerate((Chunked(Monarch(2), 3), ThreePass(4)), start=1):
         with ops.use_convolution(algorithm):
-            assert call._cache_size() == 1 or algorithm != Monarch(2)
+            assert call._cache_size() == already
             y = call(x)
             np.testing.assert_allclose(y, steps, rtol=0, atol=1e-12)
             assert uses_fft(lambda x: layer(x), x) == isinstance(algorithm, ThreePass)
-    assert call._cache_size() == 4
+    assert call._cache_size() == 3
     np.testing.assert_array_equal(call(x), with_fft)
     assert uses_fft(lambda x: layer(x), x)
 
@@ -196,15 +197,15 @@ class Slow(ops.AbstractConvAlgorithm):
 def test_measured_takes_the_fastest(candidates):
     """Once for each size, also under jit, grad and vmap."""
     measured = Measured(*candidates)
-    u, k = (jnp.asarray(a, jnp.float32) for a in drawn((3, 30, 2), (30, 2)))
+    u, k = (a.astype(np.float32) for a in drawn((3, 30, 2), (30, 2)))
     Slow.traced.clear()
     loss = lambda u, k: jnp.sum(ops.causal_convolution(u, k, algorithm=measured) ** 2)
     mapped = jax.jit(jax.vmap(jax.grad(loss), (0, None)))
     for _ in range(2):
         mapped(u, k)
-    jax.grad(loss)(u[0], k)
-    assert Slow.traced == [(30, 2)]
+    jax.eval_shape(jax.grad(loss), u[0], k)
     assert measured.fastest((30, 2), (30, 2), 59) == Monarch(2)
+    assert Slow.traced == [(30, 2)]
     assert Measured().candidates == (FFT(), Monarch(2), Monarch(3))
 
 
@@ -261,7 +262,7 @@ def layer(key=0, width=3, max_length=20, **options):
 def test_it_starts_as_the_causal_convolution(block_size, sizes, x64):
     mixer = layer(block_size=block_size)
     assert sorted(block.shape[1] for block in mixer.blocks) == sorted(sizes) and np.prod(sizes) >= 39
-    mixer = eqx.tree_at(lambda m: m.skip, mixer, jnp.arange(3.0))
+    mixer = eqx.tree_at(lambda m: m.skip, mixer, on_device(np.arange(3.0)))
     both = quick_jit(lambda mixer, x: (mixer(x), nn.Convolution(mixer.kernel, mixer.skip)(x)))
     for length in (20, 7):
         np.testing.assert_allclose(*both(mixer, drawn((length, 3))[0]), rtol=0, atol=1e-12)
@@ -272,14 +273,20 @@ def test_every_block_learns(x64):
     mixer = layer(block_size=4)
     x, target = drawn((20, 3), (20, 3))
     params, rest = eqx.partition(mixer, eqx.is_array)
-    loss = lambda params: jnp.mean((eqx.combine(params, rest)(x) - target) ** 2)
-    check_grads(jax.jit(loss), (params,), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
-    gradient = jax.jit(jax.grad(loss))
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient(params)))
-    descend = lambda _, params: jax.tree.map(lambda p, g: p - 0.03 * g, params, gradient(params))
-    trained = jax.jit(lambda params: jax.lax.fori_loop(0, 200, descend, params))(params)
-    before, after = map(jax.jit(loss), (params, trained))
-    assert after < 0.5 * before
+    loss = jax.jit(lambda params: jnp.mean((eqx.combine(params, rest)(x) - target) ** 2))
+    check_grads(loss, (params,), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+
+    @jax.jit
+    def train(params):
+        def descend(params, _):
+            value, gradient = jax.value_and_grad(loss)(params)
+            return jax.tree.map(lambda p, g: p - 0.03 * g, params, gradient), (value, gradient)
+
+        return jax.lax.scan(descend, params, length=200)[1]
+
+    values, gradients = jax.device_get(train(params))
+    assert all(np.abs(g[0]).max() > 0 for g in jax.tree.leaves(gradients))
+    assert values[-1] < 0.5 * values[0]
 
 
 @pytest.mark.smoke
@@ -288,12 +295,15 @@ def test_it_hears_what_is_to_come(x64):
     from s5eqx import models
 
     mixer = layer()
-    hears = jax.jit(lambda mixer: jax.jacobian(lambda x: mixer(x)[0, 0])(jnp.zeros((20, 3)))[1:, 0])
+    hears = jax.jit(lambda mixer: jax.jacobian(lambda x: mixer(x)[0, 0])(np.zeros((20, 3)))[1:, 0])
     assert np.abs(hears(mixer)).max() < 1e-15
-    moved = eqx.tree_at(lambda m: m.blocks[0], mixer, replace_fn=lambda block: 1.01 * block.at[1].add(0.1))
+    block = np.array(mixer.blocks[0])
+    block[1] += 0.1
+    moved = eqx.tree_at(lambda m: m.blocks[0], mixer, on_device(1.01 * block))
     assert np.abs(hears(moved)).max() > 1e-6
     with pytest.raises(ValueError, match="causal"):
-        models.LanguageModel(5, 3, lambda key: layer(), num_layers=1, mlp_width=4, key=jr.key(0))
+        build = functools.partial(models.LanguageModel, 5, 3, lambda key: mixer, num_layers=1, mlp_width=4)
+        eqx.filter_eval_shape(build, key=jr.key(0))
 
 
 def test_a_layer_like_others(tmp_path):
@@ -301,10 +311,10 @@ def test_a_layer_like_others(tmp_path):
 
     mixer = layer()
     save(tmp_path / "layer.safetensors", mixer)
-    assert eqx.tree_equal(load(tmp_path / "layer.safetensors"), mixer)
-    x = jnp.ones((20, 3), jnp.bfloat16)
-    assert eqx.tree_equal(nn.cast(mixer, jnp.bfloat16), mixer) and mixer(x).dtype == jnp.bfloat16
+    loaded, narrow = load(tmp_path / "layer.safetensors"), nn.cast(mixer, jnp.bfloat16)
+    assert eqx.tree_equal(*jax.device_get((mixer, loaded, narrow)))
+    assert eqx.filter_eval_shape(mixer, on_device(np.ones((20, 3)), jnp.bfloat16)).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match=r"no longer than max_length, 20 steps; got 21\. Build the layer"):
-        mixer(jnp.ones((21, 3)))
+        mixer(np.ones((21, 3), np.float32))
     with pytest.raises(ValueError, match="takes no `reset`"):
-        mixer(jnp.ones((20, 3)), reset=jnp.zeros(20, bool))
+        mixer(np.ones((20, 3), np.float32), reset=np.zeros(20, bool))

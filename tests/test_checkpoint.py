@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
+from helpers import on_device
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Split
 
@@ -22,9 +23,9 @@ from s5eqx.train.checksum import checksum
 
 def state(scale=1.0):
     return {
-        "weights": jnp.arange(6.0).reshape(2, 3) * scale,
-        "half": jnp.full((4,), 1 / 3, jnp.bfloat16) * jnp.bfloat16(scale),
-        "count": jnp.int32(7),
+        "weights": on_device(np.arange(6).reshape(2, 3) * scale, np.float32),
+        "half": on_device(np.full(4, scale / 3), jnp.bfloat16),
+        "count": on_device(7, np.int32),
         "name": "not an array",
     }
 
@@ -123,7 +124,7 @@ LINE = Mesh(np.array(jax.devices()[:2]), ("data",))
 @pytest.mark.parametrize("saved, restored", [(Split(), Split("data")), (Split("data"), None), (Split("data"), Split())])
 def test_a_checkpoint_goes_to_other_devices(tmp_path, saved, restored):
     place = NamedSharding(LINE, saved)
-    spread = {"weights": jax.device_put(jnp.arange(6.0).reshape(2, 3), place)}
+    spread = {"weights": jax.device_put(np.arange(6, dtype=np.float32).reshape(2, 3), place)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, spread, {})
     wanted = None if restored is None else NamedSharding(LINE, restored)
@@ -138,21 +139,21 @@ compiled_checksum = jax.jit(checksum)
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 def test_a_checksum_sees_a_bit_and_an_exchange(dtype):
-    values = jnp.asarray([[1, 2, -2], [3, 0, 5]], dtype)
-    bits = np.asarray(values).view(np.uint8)
+    values = np.asarray([[1, 2, -2], [3, 0, 5]], dtype)
+    bits = values.view(np.uint8)
     with_a_bit = [
         bits ^ np.where(np.arange(bits.size).reshape(bits.shape) == i, 128, 0).astype(np.uint8) for i in (0, 5)
     ]
-    exchanged = [values[::-1], values[:, ::-1], values.at[0, 1].set(-2).at[0, 2].set(2)]
-    others = [np.asarray(b).view(values.dtype) for b in with_a_bit] + exchanged
-    sums = {int(compiled_checksum(jnp.asarray(other))) for other in [values, *others]}
+    exchanged = [values[::-1], values[:, ::-1], np.asarray([[1, -2, 2], [3, 0, 5]], dtype)]
+    others = [b.view(values.dtype) for b in with_a_bit] + exchanged
+    sums = {int(compiled_checksum(other)) for other in [values, *others]}
     assert len(sums) == 1 + len(others)
 
 
 def test_a_checksum_takes_every_type(x64):
     for value in ([1.0, 2.0], [1 + 2j, 2 + 1j], [True, False], [2**40, 1]):
-        one, other = jnp.asarray(value), jnp.asarray(value[::-1])
-        assert int(checksum(one)) != int(checksum(other))
+        one, other = on_device(value), on_device(value[::-1])
+        assert int(compiled_checksum(one)) != int(compiled_checksum(other))
 
 
 # What goes wrong.
@@ -261,9 +262,12 @@ def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weights": jnp.zeros((2, 4))}, r"\['weights'\]: float32\[2, 4\], but .* \['weights'\]: float32\[2, 3\]"),
-        ({"half": jnp.zeros(4)}, r"must be \['half'\]: float32\[4\], but .*bfloat16\[4\]"),
-        ({"wider": jnp.zeros(4)}, r"must be \['wider'\]: float32\[4\], but the checkpoint has nothing"),
+        (
+            {"weights": np.zeros((2, 4), np.float32)},
+            r"\['weights'\]: float32\[2, 4\], but .* \['weights'\]: float32\[2, 3\]",
+        ),
+        ({"half": np.zeros(4, np.float32)}, r"must be \['half'\]: float32\[4\], but .*bfloat16\[4\]"),
+        ({"wider": np.zeros(4, np.float32)}, r"must be \['wider'\]: float32\[4\], but the checkpoint has nothing"),
     ],
 )
 def test_another_model_is_refused_by_its_first_differing_leaf(tmp_path, change, message):

@@ -1,11 +1,9 @@
 """H3 beyond the law: the formula of its heads, the short memory, what it refuses."""
 
 import equinox as eqx
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
-from helpers import quick_jit
+from helpers import drawn, on_device, quick_jit
 
 from s5eqx import nn
 
@@ -13,13 +11,14 @@ from s5eqx import nn
 def test_heads(key, x64):
     """Every sum as it is written, in the order (head, channel)."""
     L, D, d = 7, 6, 3
-    layer = nn.h3(D, 4, head_dim=d, key=key)
-    layer = eqx.tree_at(lambda l: l.shift.B, layer, jr.normal(key, (D, 4)))
-    x = jr.normal(key, (L, D))
-    q, k, v = (np.asarray(nn.linear(p, x)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    layer = drawn(lambda key: nn.h3(D, 4, head_dim=d, key=key), key)
+    x = np.random.default_rng(0).standard_normal((L, D))
+    dense = lambda linear, x: x @ np.asarray(linear.weight).T + np.asarray(linear.bias)
+    y, long = quick_jit(lambda x: (layer(x), layer.ssm.kernel(L)[0]))(x)
+    q, k, v = (dense(p, x) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    B, C, skip, long = map(np.asarray, (layer.shift.B, layer.shift.C, layer.ssm.D, long))
     short = np.zeros((L, D))
-    short[:4] = [np.sum(layer.shift.B[:, : 4 - l] * layer.shift.C[:, l:], axis=1) for l in range(4)]
-    long = np.asarray(quick_jit(layer.ssm.kernel)(L)[0])
+    short[:4] = [np.sum(B[:, : 4 - l] * C[:, l:], axis=1) for l in range(4)]
     convolve = lambda kernel, u: np.array([np.sum(kernel[: t + 1] * u[t::-1]) for t in range(L)])
     k = np.stack([convolve(short[:, c], k[:, c]) for c in range(D)], axis=1) + np.asarray(layer.shift.D) * k
     o = np.zeros((L, D))
@@ -27,29 +26,35 @@ def test_heads(key, x64):
         for j in range(d):
             for i in range(d):
                 kv = k[:, h * d + i] * v[:, h * d + j]
-                kv = convolve(long[:, h], kv) + float(layer.ssm.D[0, h]) * kv
+                kv = convolve(long[:, h], kv) + skip[0, h] * kv
                 o[:, h * d + j] += q[:, h * d + i] * kv
-    np.testing.assert_allclose(quick_jit(layer)(x), nn.linear(layer.output_linear, jnp.asarray(o)), atol=1e-12)
+    np.testing.assert_allclose(y, dense(layer.output_linear, o), atol=1e-12)
 
 
 def test_shift_starts_as_the_last_inputs(key, x64):
-    shift = nn.ShiftSSM(2, 3, key=key)
-    x = jr.normal(key, (5, 2))
-    state, y = quick_jit(shift.prefill)(shift.init_state(), x)
+    x = np.random.default_rng(0).standard_normal((5, 2))
+
+    @quick_jit
+    def run(key, x):
+        shift = nn.ShiftSSM(2, 3, key=key)
+        return shift, *shift.prefill(shift.init_state(), x)
+
+    shift, state, y = run(key, x)
+    C, state = np.asarray(shift.C), np.asarray(state)
     np.testing.assert_allclose(state, x[:1:-1].T, atol=1e-15)
-    np.testing.assert_allclose(y[-1], jnp.sum(shift.C * state, axis=1) + shift.D * x[-1], atol=1e-14)
-    assert jnp.all(jnp.abs(shift.C) <= 3**-0.5)
+    np.testing.assert_allclose(np.asarray(y)[-1], np.sum(C * state, axis=1) + np.asarray(shift.D) * x[-1], atol=1e-14)
+    assert np.all(np.abs(C) <= 3**-0.5)
 
 
 @pytest.mark.smoke
 def test_shift_forgets(key, x64):
     """What it held before a chunk of at least its own size leaves no trace."""
-    shift = nn.ShiftSSM(2, 3, key=key)
-    x = jr.normal(key, (4, 2))
-    fresh, used = (quick_jit(shift.prefill)(jnp.full((2, 3), held), x) for held in (0.0, 1e3))
+    shift = drawn(lambda key: nn.ShiftSSM(2, 3, key=key), key)
+    x, run = np.random.default_rng(0).standard_normal((4, 2)), quick_jit(shift.prefill)
+    fresh, used = ([np.asarray(z) for z in run(np.full((2, 3), held), x)] for held in (0.0, 1e3))
     np.testing.assert_array_equal(used[0], fresh[0])
     np.testing.assert_allclose(used[1][2:], fresh[1][2:], atol=1e-12)
-    assert jnp.all(used[1][:2] != fresh[1][:2])
+    assert np.all(used[1][:2] != fresh[1][:2])
 
 
 @pytest.mark.parametrize("head_dim", [0, 4])
@@ -59,18 +64,20 @@ def test_width_is_a_multiple_of_head_dim(head_dim, key):
 
 
 def test_parts_must_fit(key):
-    shift, ssm = nn.ShiftSSM(6, 3, key=key), nn.DiagonalSSM(6, 4, key=key)
+    part = lambda layer, *sizes: drawn(lambda key: layer(*sizes, key=key), key)
+    build = lambda *parts, **options: eqx.filter_eval_shape(nn.H3, 6, *parts, **options, key=key)
+    shift, ssm = part(nn.ShiftSSM, 6, 3), part(nn.DiagonalSSM, 6, 4)
     with pytest.raises(ValueError, match="ssm must map width 3"):
-        nn.H3(6, shift, ssm, head_dim=2, key=key)
+        build(shift, ssm, head_dim=2)
     with pytest.raises(ValueError, match="shift must map width 6"):
-        nn.H3(6, nn.ShiftSSM(3, 3, key=key), ssm, key=key)
+        build(part(nn.ShiftSSM, 3, 3), ssm)
     with pytest.raises(ValueError, match=r"keep their channels apart.* a S5 mixes them"):
-        nn.H3(6, shift, nn.S5(3, 4, key=key), head_dim=2, key=key)
+        build(shift, part(nn.S5, 3, 4), head_dim=2)
     with pytest.raises(ValueError, match="ssm must be causal"):
-        nn.H3(6, shift, nn.BidirectionalS4D(6, 4, key=key), key=key)
+        build(shift, part(nn.BidirectionalS4D, 6, 4))
 
 
 def test_h3_conv_takes_no_reset(key):
-    layer = nn.h3_conv(4, 8, kernel_dropout=0.0, key=key)
+    layer = drawn(lambda key: nn.h3_conv(4, 8, kernel_dropout=0.0, key=key), key)
     with pytest.raises(ValueError, match="takes no `reset`"):
-        layer(jnp.ones((3, 4)), reset=jnp.zeros(3, bool))
+        eqx.filter_eval_shape(layer, on_device(np.ones((3, 4)), np.float32), reset=on_device(np.zeros(3), bool))

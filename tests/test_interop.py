@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safari_fixture
-from helpers import to_complex
+from helpers import drawn, to_complex
 from s5_fixture import Fixture
 
 from s5eqx.interop import from_safari, layer_from_s5, layer_from_safari, layer_to_safari, to_s5, to_safari
@@ -131,7 +131,7 @@ def test_unused_skips_are_checked_and_come_back_as_zeros():
     fixture = Fixture("hyenaop_o2_emb3_norm_nobias")
     params = fixture.params(np.float32)
     back = to_s5(fixture.load(params))
-    assert back.keys() == params.keys() and np.all(back["filter_fn/bias"] == 0)
+    assert back.keys() == params.keys() and not np.any(np.asarray(back["filter_fn/bias"]))
     with pytest.raises(ValueError, match=r"filter_fn/bias must have shape \(16,\).*\(3,\)"):
         fixture.load(params | {"filter_fn/bias": np.ones(3, np.float32)})
 
@@ -153,17 +153,18 @@ def test_safari_round_trip_keeps_names_dtypes_and_bits(name):
 
 
 def test_names_may_have_a_prefix_and_the_head_its_own_name():
-    fixture = safari_fixture.Fixture("lm_h3")
+    fixture = safari_fixture.Fixture("lm_transformer")
     params, config = fixture.params(np.float32), fixture.meta["config"]
     model = from_safari(params, config)
-    assert eqx.tree_equal(from_safari({f"model.{name}": a for name, a in params.items()}, config), model)
+    is_read = lambda params: eqx.tree_equal(*jax.device_get((from_safari(params, config), model)))
+    assert is_read({f"model.{name}": a for name, a in params.items()})
     part = {name: f"model.{name}" if "ln_f" in name else name for name in params}  # as in a file with a bare alias
-    assert eqx.tree_equal(from_safari({part[name]: a for name, a in params.items()}, config), model)
+    assert is_read({part[name]: a for name, a in params.items()})
     with pytest.raises(ValueError, match=r"with and without `model\.`"):
         from_safari(params | {"model.backbone.ln_f.bias": params["backbone.ln_f.bias"]}, config)
     full = to_safari(model)
     assert full.keys() - params.keys() == {"lm_head.weight"}
-    assert eqx.tree_equal(from_safari(full, config), model)
+    assert is_read(full)
     with pytest.raises(ValueError, match=r"lm_head.weight and .*word_embeddings.weight are one tensor.*differ"):
         from_safari(full | {"lm_head.weight": np.zeros((10, 8), np.float32)}, config)
 
@@ -319,4 +320,4 @@ def test_option_of_safari_that_changes_the_function_is_refused(name, options, wo
 )
 def test_what_safari_would_compute_differently_is_not_written(kind, build, words, key):
     with pytest.raises(ValueError, match=words):
-        layer_to_safari(kind, build(key))
+        layer_to_safari(kind, drawn(build, key))

@@ -1,9 +1,10 @@
 """ListOps: an evaluator in plain Python agrees, what is drawn keeps within its limits, and lengths are spread."""
 
+import dataclasses
+import itertools
 import statistics
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -42,7 +43,11 @@ def assert_expressions(task, inputs, targets, lengths, weights=None):
 
 def drawn(task, count, key):
     """Examples without regard to a test set, which takes time to find."""
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(task.draw))(jr.split(key, count)))
+    return jax.device_get(jax.jit(lambda key: jax.vmap(task.draw)(jr.split(key, count)))(key))
+
+
+def numbers(*bounds):
+    return np.arange(*bounds, dtype=np.int32)
 
 
 def arrays(batch):
@@ -63,7 +68,7 @@ def test_the_example_of_the_docstring():
 
 @pytest.mark.parametrize(
     "max_length, max_depth, max_args, count",
-    [(4, 1, 2, 100), (5, 10, 10, 200), (40, 10, 10, 400), (16, 2, 3, 200), (300, 20, 4, 50)],
+    [(4, 1, 2, 100), (5, 10, 10, 200), (16, 2, 3, 200), (300, 20, 4, 50)],
 )
 def test_every_example_is_an_expression_and_its_value(max_length, max_depth, max_args, count, key):
     task = ListOps(max_length, max_depth, max_args, num_test=20)
@@ -78,7 +83,8 @@ def test_every_example_is_an_expression_and_its_value(max_length, max_depth, max
 def test_long_expressions_fill_their_length(key):
     task = ListOps()
     rows = drawn(task, 64, key)
-    assert_expressions(task, **rows)
+    seen = assert_expressions(task, **rows)
+    assert set(seen) == set(itertools.product(OPERATIONS, range(2, 11)))
     assert rows["inputs"].shape == (64, 2048) == (64, task.sequence_length)
     assert (rows["lengths"] > 1024).mean() > 0.8
     assert np.std(rows["lengths"]) > 200
@@ -86,10 +92,11 @@ def test_long_expressions_fill_their_length(key):
 
 @pytest.mark.smoke
 def test_lengths_and_values_are_spread(key):
-    rows = drawn(ListOps(max_length=200), 2000, key)
-    quarters = np.histogram(rows["lengths"], bins=[100, 125, 150, 175, 201])[0]
+    rows = drawn(ListOps(max_length=100), 2000, key)
+    quarters = np.histogram(rows["lengths"], bins=[50, 63, 76, 88, 101])[0]
     assert quarters.sum() > 0.95 * 2000
     assert quarters.min() > 0.15 * 2000
+    assert rows["lengths"].max() >= 98
     shares = np.bincount(rows["targets"]) / 2000
     assert len(shares) == ListOps.num_classes
     assert shares.min() > 0.05
@@ -100,11 +107,11 @@ def test_lengths_and_values_are_spread(key):
 
 
 def test_an_example_depends_on_seed_and_number_alone():
-    together, others = arrays(SMALL.train(jnp.arange(20))), arrays(SMALL.train(jnp.arange(19, 39)))
+    together, others = arrays(SMALL.train(numbers(20))), arrays(SMALL.train(numbers(19, 39)))
     for name in together:
         np.testing.assert_array_equal(others[name][0], together[name][19])
     rows = {tuple(row) for row in together["inputs"]}
-    for other in [SMALL.test(jnp.arange(20)), ListOps(max_length=30, num_test=20, seed=1).test(jnp.arange(20))]:
+    for other in [SMALL.test(numbers(20)), dataclasses.replace(SMALL, seed=1).train(numbers(20))]:
         assert not rows & {tuple(row) for row in np.asarray(other.inputs)}
 
 
@@ -119,11 +126,11 @@ def test_double_precision_does_not_change_the_data(request, key):
 
 def test_the_test_has_all_but_one_and_training_does_without_them():
     task = ListOps(max_length=4, num_test=399)  # of 400
-    tested = arrays(task.test(jnp.arange(401)))
+    tested = arrays(task.test(numbers(401)))
     held_out = {tuple(row) for row in tested["inputs"][:399]}
     assert len(held_out) == 399
     np.testing.assert_array_equal(tested["weights"], [1.0] * 399 + [0.0] * 2)
-    trained = arrays(task.train(jnp.arange(4000)))
+    trained = arrays(task.train(numbers(4000)))
     assert trained["weights"].dtype == np.float32
     np.testing.assert_array_equal(trained["weights"], [tuple(row) not in held_out for row in trained["inputs"]])
     assert 0 < trained["weights"].sum() < 40

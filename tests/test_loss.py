@@ -9,9 +9,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 import tiny
-from helpers import quick_jit, slow
+from helpers import drawn, quick_jit, slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Split
+from scipy.special import log_softmax
 
 from s5eqx.data import Batch
 from s5eqx.models import LanguageModel
@@ -21,7 +22,7 @@ from s5eqx.train import Score, next_token, score
 
 @functools.cache
 def built(build):
-    return quick_jit(build)(jr.key(0))
+    return drawn(build, jr.key(0))
 
 
 def conv_model(key):
@@ -34,47 +35,52 @@ def model():
     return built(conv_model)
 
 
+def some_batch(size, length=10):
+    inputs, targets = np.random.default_rng(0).integers(0, 10, (2, size, length), np.int32)
+    return Batch(inputs, targets, np.ones((size, length), np.float32))
+
+
 score = jax.jit(score)
 next_token = eqx.filter_jit(next_token)
 
 
 @pytest.mark.smoke
-def test_score_is_the_weighted_mean(key):
-    logits = jr.normal(key, (3, 5, 7))
-    targets = jr.randint(key, (3, 5), 0, 7)
-    weights = jnp.array([[1.0, 0.0, 2.0, 0.5, 1.0]] * 3)
+def test_score_is_the_weighted_mean():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((4, 5, 7), np.float32), rng.integers(0, 7, (4, 5), np.int32)
+    weights = np.array([[1.0, 0.0, 2.0, 0.5, 1.0]] * 4, np.float32)
     given = score(logits, targets, weights)
-    log_p = np.asarray(jax.nn.log_softmax(logits))
-    nll = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
+    nll = -np.take_along_axis(log_softmax(logits, -1), targets[..., None], -1)[..., 0]
     assert float(given.loss) == pytest.approx(np.average(nll, weights=weights))
-    right = np.asarray(logits).argmax(-1) == targets
+    right = logits.argmax(-1) == targets
     assert float(given.accuracy) == pytest.approx(np.average(right, weights=weights))
-    parts = score(logits[:1], targets[:1], weights[:1]) + score(logits[1:], targets[1:], weights[1:])
+    parts = score(logits[:2], targets[:2], weights[:2]) + score(logits[2:], targets[2:], weights[2:])
     assert float(parts.loss) == pytest.approx(float(given.loss))
 
 
-def test_what_has_no_weight_has_no_effect(key):
-    logits = jr.normal(key, (4, 7))
-    targets, weights = jnp.array([1, 2, -100, 3]), jnp.array([1.0, 1.0, 0.0, 0.0])
-    wild = logits.at[2:].set(jnp.nan)
-    loss = lambda logits: score(logits, targets, weights).loss
-    assert loss(wild) == loss(logits)
-    gradient = jax.grad(loss)(wild)
+def test_what_has_no_weight_has_no_effect():
+    logits = np.random.default_rng(0).standard_normal((4, 7), np.float32)
+    targets, weights = np.array([1, 2, -100, 3], np.int32), np.array([1, 1, 0, 0], np.float32)
+    wild = logits.copy()
+    wild[2:] = np.nan
+    loss = jax.jit(jax.value_and_grad(lambda logits, weights: score(logits, targets, weights).loss))
+    given, gradient = loss(wild, weights)
+    assert float(given) == float(loss(logits, weights)[0])
     np.testing.assert_array_equal(gradient[2:], 0.0)
     assert np.isfinite(gradient).all()
-    assert float(score(logits, targets, jnp.zeros(4)).loss) == 0.0
+    assert float(loss(logits, np.zeros_like(weights))[0]) == 0.0
 
 
 @pytest.mark.parametrize("dtype, wide", [("bfloat16", "float32"), ("float32", "float32"), ("float64",) * 2])
 def test_the_loss_is_at_least_float32(dtype, wide, x64):
-    given = score(jnp.zeros((2, 3), dtype), jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.float32))
-    assert given.loss.dtype == given.accuracy.dtype == jnp.dtype(wide)
+    example = np.zeros((2, 3), jnp.dtype(dtype)), np.zeros(2, np.int32), np.ones(2, np.float32)
+    means = jax.eval_shape(lambda *example: score(*example).means, *example)
+    assert means["loss"].dtype == means["accuracy"].dtype == wide
 
 
 def test_a_batch_of_one_is_scored_like_any(key):
-    model = eqx.nn.inference_mode(tiny.bigram(key))
-    batch = tiny.TASK.train(jnp.arange(2))
-    one = lambda i: Batch(*(x[i : i + 1] for x in (batch.inputs, batch.targets, batch.weights)))
+    model, batch = eqx.nn.inference_mode(drawn(tiny.bigram, key)), some_batch(2)
+    one = lambda i: jax.tree.map(lambda a: a[i : i + 1], batch)
     total: Score = next_token(model, one(0)) + next_token(model, one(1))
     assert float(total.loss) == pytest.approx(float(next_token(model, batch).loss), rel=1e-6)
 
@@ -93,7 +99,7 @@ def with_gradient(model, batch, **options):
 def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, model):
     """Ten steps in two pieces and a shorter one, or eight in two."""
     model = eqx.nn.inference_mode(model)
-    batch = jax.tree.map(lambda a: a[:, :length], tiny.TASK.train(jnp.arange(size)))
+    batch = some_batch(size, length)
     whole, pieces = quick_jit(lambda model: [with_gradient(model, batch, chunk=chunk) for chunk in (None, 4)])(model)
     assert float(whole[0].weight) == length * size
     for given, expected in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
@@ -103,6 +109,26 @@ def test_pieces_have_the_score_and_the_gradient_of_the_whole(size, length, model
 def attention_model(key):
     mixers = (Attention(8, 2, max_length=10, rotary=Rotary(4), short_conv=3, dropout=0.1, key=key),)
     return LanguageModel(10, 8, mixers, mlp_width=8, max_length=10, dropout=0.1, key=key)
+
+
+class Total(eqx.Module):
+    """Logits from the sum of what was embedded so far, with dropout: it compiles in no time."""
+
+    embedding: jax.Array
+    head: jax.Array
+
+    def __init__(self, key):
+        self.embedding, self.head = jr.normal(key, (10, 4)), jr.normal(key, (4, 10))
+
+    def init_state(self):
+        return jnp.zeros((1, 4))
+
+    def prefill(self, state, x, *, key):
+        h = state + jnp.cumsum(self.embedding[x], axis=0)
+        return h[-1:], eqx.nn.Dropout(0.1)(h, key=key) @ self.head
+
+    def __call__(self, x, *, key):
+        return self.prefill(self.init_state(), x, key=key)[1]
 
 
 @quick_jit
@@ -139,11 +165,13 @@ def by_hand(model, batch, key, chunk):
     return total / weight, *(jax.tree.map(mean, *gradients) for gradients in (linked, alone))
 
 
-@pytest.mark.parametrize("build, size", [(conv_model, 2), slow(tiny.language_model, 2), slow(attention_model, 1)])
+@pytest.mark.parametrize(
+    "build, size", [(Total, 2), slow(conv_model, 2), slow(tiny.language_model, 2), slow(attention_model, 1)]
+)
 def test_pieces_are_those_of_a_loop(build, size, key):
     """Ten steps in two pieces and a shorter one, with dropout. Truncated, the gradient is the sum of those of the
     pieces alone, and another one."""
-    model, batch = built(build), jax.tree.map(lambda a: a[:, :10], tiny.TASK.train(jnp.arange(size)))
+    model, batch = built(build), some_batch(size)
     run = lambda model, key: [
         with_gradient(model, batch, key=key, chunk=4, truncate=truncate) for truncate in (False, True)
     ]
@@ -161,7 +189,7 @@ def test_pieces_are_those_of_a_loop(build, size, key):
 @pytest.mark.slow
 def test_pieces_on_two_devices(model):
     model = eqx.nn.inference_mode(model)
-    batch = tiny.TASK.train(jnp.arange(4))
+    batch = some_batch(4)
     mesh, (arrays, rest) = Mesh(jax.devices()[:2], "batch"), eqx.partition(model, eqx.is_array)
     nll = lambda arrays, batch: next_token(eqx.combine(arrays, rest), batch, chunk=5).total
     spread = jax.shard_map(
@@ -190,9 +218,9 @@ class Coin(eqx.Module):
 
 @pytest.mark.smoke
 def test_each_piece_of_each_sequence_draws_anew(key):
-    zeros = jnp.zeros((2, 20), jnp.int32)
+    zeros = np.zeros((2, 20), np.int32)
     rows = []
-    for weights in (jnp.ones((2, 20)) * row[:, None] for row in jnp.eye(2)):
+    for weights in np.eye(2, dtype=np.float32).repeat(20, axis=1).reshape(2, 2, 20):
         given: Score = next_token(Coin(), Batch(zeros, zeros, weights), key=key, chunk=1)
         rows.append(float(given.loss))
     assert rows[0] != rows[1]
@@ -203,11 +231,8 @@ def test_pieces_need_memory_for_one_piece():
     model = eqx.nn.inference_mode(built(conv_model))
 
     def temporaries(length, chunk):
-        ones = jnp.ones((1, length), jnp.int32)
-        arrays, rest = eqx.partition(model, eqx.is_array)
-        loss = lambda arrays: (
-            next_token(eqx.combine(arrays, rest), Batch(ones, ones, jnp.ones((1, length))), chunk=chunk).loss
-        )
+        batch, (arrays, rest) = some_batch(1, length), eqx.partition(model, eqx.is_array)
+        loss = lambda arrays: next_token(eqx.combine(arrays, rest), batch, chunk=chunk).loss
         return jax.jit(jax.grad(loss)).lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4096, 256) < 0.2 * temporaries(4096, None)
@@ -215,21 +240,25 @@ def test_pieces_need_memory_for_one_piece():
 
 def test_a_piece_has_a_step():
     with pytest.raises(ValueError, match="chunk must be at least 1 step"):
-        next_token(Coin(), tiny.TASK.train(jnp.arange(1)), chunk=0)
+        next_token(Coin(), some_batch(1), chunk=0)
     with pytest.raises(TypeError, match="init_state and prefill; Bigram lacks one: leave it out"):
-        next_token(tiny.bigram(jr.key(0)), tiny.TASK.train(jnp.arange(1)), chunk=2)
+        next_token(drawn(tiny.bigram, jr.key(0)), some_batch(1), chunk=2)
     with pytest.raises(ValueError, match="truncate cuts the gradient between pieces and needs a chunk"):
-        next_token(Coin(), tiny.TASK.train(jnp.arange(1)), truncate=True)
+        next_token(Coin(), some_batch(1), truncate=True)
 
 
 def test_logits_come_in_pieces_of_their_own(model):
     """With dropout; ten steps in two pieces and a shorter one."""
-    batch, keys = tiny.TASK.train(jnp.arange(2)), jr.split(jr.key(0))
-    options = ({"key": keys}, {"key": keys, "logits_chunk": 4}, {"key": jr.key(0), "logits_chunk": 20})
-    whole, *pieces = quick_jit(lambda model: [with_gradient(model, batch, **given) for given in options])(model)
-    for given in pieces:
-        for ours, expected in zip(jax.tree.leaves(given), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    batch, keys = some_batch(2), jr.split(jr.key(0))
+
+    @quick_jit
+    def run(model):
+        whole, pieces = (with_gradient(model, batch, key=keys, logits_chunk=chunk) for chunk in (None, 4))
+        return whole, pieces, next_token(model, batch, key=jr.key(0), logits_chunk=20)
+
+    whole, pieces, beyond = run(model)
+    for ours, expected in zip(jax.tree.leaves((pieces, beyond)), jax.tree.leaves((whole, whole[0])), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"logits_chunk must be at least 1 step, .* got 0"):
         next_token(model, batch, logits_chunk=0)
     with pytest.raises(TypeError, match="hidden and unembed; Coin lacks one: leave it out"):
@@ -241,10 +270,10 @@ def test_logits_come_in_pieces_of_their_own(model):
 @pytest.mark.slow
 def test_packed_sequences_are_scored_one_by_one(model):
     """A row of two sequences, flagged where the second begins, has the score of both; in pieces as well."""
-    model, batch = eqx.nn.inference_mode(model), tiny.TASK.train(jnp.arange(2))
+    model, batch = eqx.nn.inference_mode(model), some_batch(2)
     row = jax.tree.map(lambda a: a.reshape(1, -1), batch)
     length = batch.inputs.shape[1]
-    packed = eqx.tree_at(lambda b: b.resets, row, (jnp.arange(2 * length) == length)[None], is_leaf=lambda x: x is None)
+    packed = eqx.tree_at(lambda b: b.resets, row, (np.arange(2 * length) == length)[None], is_leaf=lambda x: x is None)
     score = lambda batch, **options: with_gradient(model, batch, **options)
     given = quick_jit(lambda: [score(batch), score(packed), score(packed, chunk=7), score(row)])()
     apart, *together, unflagged = given

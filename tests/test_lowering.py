@@ -14,6 +14,7 @@ from scan_problems import native
 import s5eqx
 from s5eqx.ops import _native, _primitive, diagonal_scan, final_state, ssm, use_backend
 
+INPUTS = np.arange(30, dtype=np.float32).reshape(2, 5, 3) / 30
 TARGETS = ("s5eqx_scan_forward", "s5eqx_scan_backward", "s5eqx_scan_final")
 cuda_built = pytest.mark.skipif(not s5eqx.backends()[1].live, reason=s5eqx.backends()[1].detail)
 ALLOWED = [export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
@@ -48,7 +49,7 @@ def cuda_is_live(monkeypatch):
 
 @pytest.mark.smoke
 def test_cuda_calls_have_a_workspace_as_their_last_result(cuda_is_live):
-    program = exported(jnp.ones((2, 5, 3)), "cuda")
+    program = exported(INPUTS, "cuda")
     text = program.mlir_module()
     for target in TARGETS:
         (call,) = re.findall(rf"stablehlo.custom_call @{target}\((.*?)(?: loc\(.*)?\n", text)
@@ -69,8 +70,8 @@ SSM = ("s5eqx_ssm_forward", "s5eqx_ssm_backward")
 def ssm_exported(width, dtype=jnp.float32):
     """The layer and all its gradients, as a program for CUDA."""
     complex_dtype = np.result_type(dtype, np.complex64)
-    a, B, C = (jnp.ones(shape, complex_dtype) for shape in ((2,), (2, width), (width, 2)))
-    skip, u = jnp.ones(width, dtype), jnp.ones((3, 130, width), dtype)
+    a, B, C = (np.ones(shape, complex_dtype) for shape in ((2,), (2, width), (width, 2)))
+    skip, u = np.ones(width, dtype), np.ones((3, 130, width), dtype)
     energy = lambda *z: jnp.sum(ssm(*z)[0] ** 2)
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in (*TARGETS, *SSM)]
     gradients = jax.jit(jax.grad(energy, argnums=tuple(range(5))))
@@ -119,7 +120,7 @@ def test_the_cuda_module_says_how_much_room_it_wants():
     assert 8 * slots <= many < 8 * slots * 1.2
     sums = _native.workspace_bytes("cuda", TARGETS[1], (1, 1, 16), (1, 70_000, 16), jnp.complex64, False)
     assert sums == many + 8 * 16 * 2 * tiles
-    program = exported(jnp.ones((1, 70_000, 16), jnp.complex64), "cuda")
+    program = exported(np.ones((1, 70_000, 16), np.complex64), "cuda")
     assert program.mlir_module().count(f"tensor<{many}xui8>") >= 2 and f"tensor<{sums}xui8>" in program.mlir_module()
 
 
@@ -129,21 +130,19 @@ def test_one_export_for_two_platforms(monkeypatch):
     """The same results, with a workspace on the one and without on the other."""
     monkeypatch.setattr(_native, "is_live", lambda platform: True)
     monkeypatch.setattr(_native, "workspace_bytes", lambda platform, *_: None if platform == "cpu" else 16)
-    b = jnp.arange(30.0).reshape(2, 5, 3) / 30
-    program = exported(b, "cpu", "cuda")
+    program = exported(INPUTS, "cpu", "cuda")
     calls = re.findall(r"custom_call @s5eqx_scan_forward\(.*", program.mlir_module())
     assert sorted("tensor<16xui8>" in call for call in calls) == [False, True]
-    jax.tree.map(np.testing.assert_array_equal, program.call(b), everything(b))
+    jax.tree.map(np.testing.assert_array_equal, program.call(INPUTS), jax.jit(everything)(INPUTS))
 
 
 @native
 def test_only_a_program_for_several_devices_calls_back():
     """And an export does not even then: it outlives the process."""
-    b = jnp.ones((2, 5, 3))
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
-    split = jax.device_put(b, NamedSharding(mesh, PartitionSpec("d")))
+    split = jax.device_put(INPUTS, NamedSharding(mesh, PartitionSpec("d")))
     assert "CustomSPMDPartitioning" in jax.jit(everything).lower(split).as_text()
-    for text in (jax.jit(everything).lower(b).as_text(), exported(split, "cpu").mlir_module()):
+    for text in (jax.jit(everything).lower(INPUTS).as_text(), exported(split, "cpu").mlir_module()):
         assert "CustomSPMDPartitioning" not in text
         assert all(f"@{target}" in text for target in TARGETS)
     piece = PartitionSpec("d")
@@ -155,7 +154,7 @@ def test_only_a_program_for_several_devices_calls_back():
 @native
 def test_programs_for_several_devices_differ_in_more_than_an_address():
     """For the caches of compiled programs, which may not look at it: it is another one in each process."""
-    pairs = jnp.ones((2, 5, 2))
+    pairs = np.ones((2, 5, 2), np.float32)
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     split = jax.device_put(pairs, NamedSharding(mesh, PartitionSpec("d")))
 
@@ -172,9 +171,8 @@ def test_programs_for_several_devices_differ_in_more_than_an_address():
 @native
 def test_the_old_partitioner_gathers():
     """It knows no sharding rules, and would end the process."""
-    b = jnp.ones((2, 5, 3))
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
-    split = jax.device_put(b, NamedSharding(mesh, PartitionSpec("d")))
+    split = jax.device_put(INPUTS, NamedSharding(mesh, PartitionSpec("d")))
     shardy = jax.config.jax_use_shardy_partitioner
     jax.config.update("jax_use_shardy_partitioner", False)
     try:
@@ -186,7 +184,7 @@ def test_the_old_partitioner_gathers():
 
 def lower_for_cuda():
     scan = jax.jit(lambda b: diagonal_scan(b[0], b))
-    return scan.trace(jnp.ones((3, 2))).lower(lowering_platforms=("cuda",)).as_text()
+    return scan.trace(np.ones((3, 2), np.float32)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """The online convolution: inputs come one by one, and outputs are those of the whole sequence."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import on_device, quick_jit
 from jax import lax
 
 from s5eqx import ops
@@ -11,7 +11,7 @@ from s5eqx import ops
 BATCH, C, BLOCK = 3, 2, 8
 
 
-@jax.jit
+@quick_jit
 def one_block(slots, kernel, block):
     """Steps whose input is known only from the output before it."""
 
@@ -24,21 +24,23 @@ def one_block(slots, kernel, block):
     return lax.fori_loop(0, BLOCK, step, (slots, block[:, 0], jnp.zeros_like(slots)))
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 8])
-def test_outputs_are_those_of_the_whole(blocks, x64):
+@quick_jit
+def tile(slots, kernel, size, done):
+    return ops.tile_of_blocks(slots, ops.tile_spectrum(kernel.T, size), done)
+
+
+def test_outputs_are_those_of_the_whole(x64):
     """Every size of tile, against a loop over all pairs of steps."""
-    rng = np.random.default_rng(blocks)
-    steps = blocks * BLOCK
+    rng, steps = np.random.default_rng(8), 8 * BLOCK
     kernel, noise = rng.standard_normal((steps, C)) / 4, rng.standard_normal((BATCH, steps, C))
-    slots, ys, us = jnp.zeros((BATCH, C, steps)), [], []
+    slots, ys, us = np.zeros((BATCH, C, steps)), [], []
     for done in range(0, steps, BLOCK):
         if done:
-            size = done & -done
-            slots = ops.tile_of_blocks(slots, ops.tile_spectrum(kernel.T, size), jnp.asarray(done))
+            slots = np.array(tile(slots, kernel, done & -done, np.asarray(done)))
         block = slots[..., done : done + BLOCK].swapaxes(1, 2)
         noise_here = noise[:, done : done + BLOCK]
         block, _, y = one_block(block, kernel[:BLOCK], noise_here)
-        slots = slots.at[..., done : done + BLOCK].set(block.swapaxes(1, 2))
+        slots[..., done : done + BLOCK] = np.asarray(block).swapaxes(1, 2)
         us.append(block), ys.append(y)
     u, y = np.concatenate(us, axis=1), np.concatenate(ys, axis=1)
     expected = np.zeros_like(y)
@@ -50,8 +52,8 @@ def test_outputs_are_those_of_the_whole(blocks, x64):
 
 @pytest.mark.smoke
 def test_the_end_of_a_block_changes_nothing_in_it():
-    slots = jnp.arange(BLOCK * C, dtype=jnp.float32).reshape(BLOCK, C)
-    np.testing.assert_array_equal(ops.tile_in_block(slots, slots, jnp.asarray(BLOCK - 1)), slots)
+    slots = on_device(np.arange(BLOCK * C).reshape(BLOCK, C), np.float32)
+    np.testing.assert_array_equal(quick_jit(ops.tile_in_block)(slots, slots, np.asarray(BLOCK - 1)), slots)
 
 
 def test_bad_sizes():

@@ -1,5 +1,6 @@
 """Pendulum: it swings as a pendulum does, the pictures show it, and times and noise are as described."""
 
+import functools
 import math
 
 import jax
@@ -14,12 +15,17 @@ from s5eqx.data.synthetics.pendulum import GRAVITY, SPACING, swing
 ANGLES = np.array([-3.1, -2.0, -0.7, 0.0, 0.3, 1.5, 2.9], np.float32)
 
 
+@functools.cache
+def drawing(task, count):
+    return jax.jit(lambda key: jax.vmap(task.draw)(jr.split(key, count)))
+
+
 def drawn(task, count, key):
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(task.draw))(jr.split(key, count)))
+    return jax.device_get(drawing(task, count)(key))
 
 
 def arrays(batch):
-    return {name: np.asarray(array) for name, array in vars(batch).items()}
+    return jax.device_get(vars(batch))
 
 
 def squares(inputs):
@@ -32,7 +38,7 @@ def squares(inputs):
 
 
 def swung(friction, num_times):
-    return jax.vmap(lambda angle: jnp.stack(swing(angle, friction, num_times)))(jnp.asarray(ANGLES))
+    return jax.jit(jax.vmap(lambda angle: jnp.stack(swing(angle, friction, num_times))))(ANGLES)
 
 
 def test_without_friction_the_energy_is_kept():
@@ -59,8 +65,8 @@ def test_with_friction_it_moves_as_in_much_finer_steps():
 
 @pytest.mark.smoke
 def test_intervals_lead_to_the_times_of_the_whole_path(key):
-    path = drawn(Pendulum(length=100, noise=False), 20, key)
-    part = drawn(Pendulum(length=30, noise=False), 20, key)
+    path = drawn(Pendulum(length=100, size=18, noise=False), 150, key)
+    part = drawn(Pendulum(length=30, size=18, noise=False), 150, key)
     np.testing.assert_array_equal(path["intervals"], 1.0)
     assert part["intervals"].min() >= 1
     times = np.cumsum(part["intervals"], axis=1).astype(int) - 1
@@ -78,7 +84,7 @@ def test_every_time_is_as_likely(key):
     assert np.abs(counts[1:] - 4000 * share).max() < 5 * math.sqrt(4000 * share * (1 - share))
 
 
-@pytest.mark.parametrize("size", [10, 24, 31])
+@pytest.mark.parametrize("size", [10, 31])
 def test_pictures_show_the_bob_where_the_targets_say(size, key):
     rows = drawn(Pendulum(size=size, noise=False, friction=0.0), 10, key)
     pictures = squares(rows["inputs"])
@@ -102,8 +108,8 @@ def test_what_knowing_nothing_costs_is_as_documented(key):
 
 
 def test_some_pictures_are_clean_and_some_nothing_but_noise(key):
-    noisy = drawn(Pendulum(length=100), 150, key)
-    clean = drawn(Pendulum(length=100, noise=False), 150, key)
+    noisy = drawn(Pendulum(length=100, size=18), 150, key)
+    clean = drawn(Pendulum(length=100, size=18, noise=False), 150, key)
     np.testing.assert_allclose(noisy["targets"], clean["targets"], atol=1e-6)
     assert noisy["inputs"].min() >= 0
     assert noisy["inputs"].max() <= 1
@@ -127,13 +133,13 @@ def test_some_pictures_are_clean_and_some_nothing_but_noise(key):
 def test_an_example_depends_on_seed_and_number_alone():
     make = lambda seed: Pendulum(num_times=20, length=10, size=10, num_test=8, seed=seed)
     task = make(0)
-    together, others = arrays(task.train(jnp.arange(8))), arrays(task.train(jnp.arange(7, 15)))
+    together, others = arrays(task.train(np.arange(8))), arrays(task.train(np.arange(7, 15)))
     for name in together:
         np.testing.assert_array_equal(others[name][0], together[name][7])
-    tested = arrays(task.test(jnp.arange(1, 9)))
+    tested = arrays(task.test(np.arange(1, 9)))
     np.testing.assert_array_equal(together["weights"], 1.0)
     np.testing.assert_array_equal(tested["weights"], np.repeat([[1.0]] * 7 + [[0.0]], 10, axis=1))
-    for inputs in (tested["inputs"], np.asarray(make(1).train(jnp.arange(8)).inputs)):
+    for inputs in (tested["inputs"], np.asarray(make(1).train(np.arange(8)).inputs)):
         assert (inputs != together["inputs"]).any(axis=(1, 2)).all()
     assert together["inputs"].shape[-1] == task.num_features
     assert together["targets"].shape[-1] == task.num_outputs

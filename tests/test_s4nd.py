@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit, relative_error, slow
+from helpers import drawn, on_device, quick_jit, relative_error, slow
 from jax import lax
 
 from s5eqx import nn
@@ -83,15 +83,10 @@ def build(name, key, *, width=2, slower=1.0, **options):
     grid, given = CASES[name]
     options = {"num_axes": len(grid), "activation": eqx.nn.Identity(), "glu": False} | given | options
     layer = drawn(lambda key: nn.S4ND(width, 6, **options, key=key), key)
-    for axis in range(len(grid)):
-        ssm = layer.axes[axis]
-        values = (ssm.A_real - 2, 10 * ssm.A_imag, ssm.log_Delta - math.log(slower))
-        layer = eqx.tree_at(lambda layer, i=axis: _continuous(layer.axes[i]), layer, values)
-    return layer, jnp.asarray(np.random.default_rng(1).standard_normal((*grid, width)))
-
-
-def _continuous(ssm):
-    return ssm.A_real, ssm.A_imag, ssm.log_Delta
+    continuous = lambda layer: [z for ssm in layer.axes for z in (ssm.A_real, ssm.A_imag, ssm.log_Delta)]
+    changes = (lambda z: z - 2, lambda z: 10 * z, lambda z: z - math.log(slower))
+    values = [on_device(f(z)) for f, z in zip(changes * len(grid), jax.device_get(continuous(layer)), strict=True)]
+    return eqx.tree_at(continuous, layer, values), on_device(np.random.default_rng(1).standard_normal((*grid, width)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,19 +103,19 @@ def test_equals_the_convolution_written_out(name, key, x64):
 def test_gradients_are_those_of_dense_matrices(name, key, x64):
     """Of every parameter and of the input, none of them idle."""
     layer, x = build(name, key)
-    weights = jr.normal(key, x.shape)
+    weights = np.random.default_rng(2).standard_normal(x.shape)
     rates = (0.5, 1.0, 1.7)[: layer.num_axes]
     dense = lambda layer, x, rates: layer.read_out(in_matrices(layer, x, rates))
 
     def gradient(function):
         loss = lambda given: jnp.sum(weights * function(*given, rates))
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return quick_jit(eqx.filter_grad(loss))((layer, x))
+            return jax.device_get(quick_jit(eqx.filter_grad(loss))((layer, x)))
 
     given, expected = gradient(lambda layer, x, rates: layer(x, rate=rates)), gradient(dense)
     assert jax.tree.structure(given) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True):
-        assert jnp.any(b != 0), jax.tree_util.keystr(path)
+        assert np.any(b), jax.tree_util.keystr(path)
         assert relative_error(a, b) < 1e-10, jax.tree_util.keystr(path)
 
 
@@ -132,19 +127,19 @@ def test_one_causal_axis_is_s4d(key, x64):
     ssm = eqx.tree_at(lambda ssm: ssm.D, s4d.ssm, None)
     parts = lambda layer: (layer.axes[0], layer.D, layer.output_linear)
     layer = eqx.tree_at(parts, layer, (ssm, s4d.ssm.D, s4d.output_linear))
-    x = jr.normal(key, (19, 3))
-    assert relative_error(forward(layer, x), quick_jit(s4d)(x)) < 1e-12
+    x = np.random.default_rng(0).standard_normal((19, 3))
+    assert relative_error(*quick_jit(lambda x: (layer(x), s4d(x)))(x)) < 1e-12
 
 
-@pytest.mark.parametrize("causal", [(True, False), (False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("causal", [(True, False), (False, True)])
 def test_causal_by_axis(causal, key, x64):
     """What a point sees: on a causal axis nothing behind it, on another all."""
     layer, x = build("image", key, causal=causal)
     seen = quick_jit(jax.grad(lambda x: jnp.sum(layer(x)[2, 1])))(x)
-    rows, columns = jnp.arange(5)[:, None] <= 2, jnp.arange(4)[None] <= 1
+    rows, columns = np.arange(5)[:, None] <= 2, np.arange(4)[None] <= 1
     expected = (rows | (not causal[0])) & (columns | (not causal[1]))
-    np.testing.assert_array_equal(jnp.abs(seen).min(axis=-1) > 1e-10, expected)
-    np.testing.assert_array_equal(jnp.abs(seen).max(axis=-1) < 1e-12, ~expected)
+    np.testing.assert_array_equal(np.abs(seen).min(axis=-1) > 1e-10, expected)
+    np.testing.assert_array_equal(np.abs(seen).max(axis=-1) < 1e-12, ~expected)
 
 
 def test_a_kernel_at_half_the_spacing_is_the_same_kernel_finer(key, x64):
@@ -168,7 +163,7 @@ def test_finer_grids_come_to_one_output(key, x64):
     def output(n, rate):
         at = (np.arange(n) + 0.5) / n
         x = np.stack([np.sin(3 * at)[:, None] * np.cos(2 * at), np.cos(5 * at)[:, None] * at], axis=-1)
-        y = forward(layer, jnp.asarray(x), rate)
+        y = forward(layer, x, rate)
         return np.asarray(y).reshape(8, n // 8, 8, n // 8, 2).mean(axis=(1, 3))
 
     finest = output(64, 8 / 64)
@@ -181,12 +176,10 @@ def test_finer_grids_come_to_one_output(key, x64):
 def test_bandlimit_is_that_of_training(key, x64):
     """What it dropped does not come back on a finer grid, and what was trained stays on a coarser one."""
     free, limited = (build("image", key, width=5, bandlimit=limit)[0] for limit in (None, 0.8))
-    ssm = free.axes[1]
-    cycles = jnp.exp(ssm.log_Delta)[:, None] * jnp.abs(ssm.A_imag) / (2 * jnp.pi)
-    slow = cycles < 0.4
-    assert 0 < jnp.sum(slow) < slow.size
-    by_hand = eqx.tree_at(lambda s: s.C, ssm, jnp.where(slow[None, :, :, None], ssm.C, 0.0))
-    by_hand = eqx.tree_at(lambda layer: layer.axes[1], free, by_hand)
+    ssm = jax.device_get(free.axes[1])
+    slow = np.exp(ssm.log_Delta)[:, None] * np.abs(ssm.A_imag) / (2 * np.pi) < 0.4
+    assert 0 < np.sum(slow) < slow.size
+    by_hand = eqx.tree_at(lambda layer: layer.axes[1].C, free, on_device(np.where(slow[None, ..., None], ssm.C, 0.0)))
     kernels = quick_jit(lambda layer: [layer.kernel(1, 9, rate=rate) for rate in (0.25, 1.0, 3.0)])
     for given, expected in zip(kernels(limited), kernels(by_hand), strict=True):
         np.testing.assert_allclose(given, expected, atol=1e-14)
@@ -199,7 +192,7 @@ def test_what_is_held_does_not_grow_with_the_rank(key):
         layer, _ = build("image", key, rank=rank)
         params, rest = eqx.partition(layer, eqx.is_inexact_array)
         loss = lambda params, x: jnp.sum(eqx.combine(params, rest)(x))
-        program = jax.jit(jax.grad(loss, (0, 1))).lower(params, jnp.ones((48, 64, 2))).compile()
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(params, np.ones((48, 64, 2), np.float32)).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(8) < 1.5 * temporaries(1)
@@ -207,19 +200,19 @@ def test_what_is_held_does_not_grow_with_the_rank(key):
 
 def test_batches(key, x64):
     layer, _ = build("image", key)
-    x = jr.normal(key, (3, 5, 4, 2))
+    x = np.random.default_rng(0).standard_normal((3, 5, 4, 2))
     together = quick_jit(lambda x: jax.vmap(layer)(x))(x)
-    np.testing.assert_allclose(together, jnp.stack([forward(layer, row) for row in x]), atol=1e-12)
+    np.testing.assert_allclose(together, [forward(layer, row) for row in x], atol=1e-12)
 
 
 def test_bfloat16(key):
     """The kernels and the convolution stay in float32; the output has the dtype of the input."""
     layer, x = build("image", key)
-    narrow = nn.cast(layer, jnp.bfloat16)
+    narrow = quick_jit(nn.cast)(layer, jnp.bfloat16)
     assert {a.dtype.name for a in jax.tree.leaves((narrow.axes, narrow.D))} == {"float32"}
-    y = forward(narrow, x.astype(jnp.bfloat16))
+    y = forward(narrow, on_device(x, jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), forward(layer, x), atol=0.05)
+    np.testing.assert_allclose(np.asarray(y, np.float32), forward(layer, x), atol=0.05)
 
 
 def test_dropout(key):
@@ -227,30 +220,28 @@ def test_dropout(key):
     with pytest.raises(RuntimeError, match="key"):
         eqx.filter_eval_shape(layer, x)
     dropped = quick_jit(lambda key: layer(x, key=key))
-    assert not jnp.allclose(dropped(key), dropped(jr.fold_in(key, 1)))
+    assert not np.allclose(dropped(key), dropped(jr.fold_in(key, 1)))
     np.testing.assert_allclose(forward(eqx.nn.inference_mode(layer), x), forward(build("image", key)[0], x), atol=1e-6)
 
 
 def test_round_trip_through_a_file(key, tmp_path):
     layer, _ = build("mixed_image", key, glu=True, bandlimit=0.5)
     save(tmp_path / "layer", layer)
-    assert eqx.tree_equal(load(tmp_path / "layer"), layer)
+    assert eqx.tree_equal(*jax.device_get((load(tmp_path / "layer"), layer)))
 
 
-@pytest.mark.parametrize("flags", [None, [0, 63, 64]])
-def test_a_system_without_a_skip(flags, key, x64):
+def test_a_system_without_a_skip(key, x64):
     """In every form it is the one whose `D` is zero."""
     with_skip = drawn(lambda key: nn.DiagonalSSM(2, 4, channels=2, key=key), key)
-    zero = eqx.tree_at(lambda s: s.D, with_skip, jnp.zeros((2, 2)))
+    zero = eqx.tree_at(lambda s: s.D, with_skip, on_device(np.zeros((2, 2))))
     ssm = drawn(lambda key: nn.DiagonalSSM(2, 4, channels=2, skip=False, key=key), key)
-    x = jr.normal(key, (70, 2))
-    reset = None if flags is None else jnp.zeros(70, bool).at[jnp.array(flags)].set(True)
+    x, reset = np.random.default_rng(0).standard_normal((70, 2)), np.isin(np.arange(70), [0, 63, 64])
 
     @quick_jit
     def run(ssm):
-        each = jnp.zeros(70, bool) if reset is None else reset
-        scanned = lax.scan(lambda s, t: ssm.step(s, t[0], reset=t[1]), ssm.init_state(), (x, each))
-        return ssm(x, reset=reset), ssm.prefill(ssm.init_state(), x, reset=reset), scanned
+        state = ssm.init_state()
+        scanned = lax.scan(lambda s, t: ssm.step(s, t[0], reset=t[1]), state, (x, reset))
+        return ssm(x), ssm.prefill(state, x), ssm.prefill(state, x, reset=reset), scanned
 
     assert ssm.D is None
     for given, expected in zip(jax.tree.leaves(run(ssm)), jax.tree.leaves(run(zero)), strict=True):
@@ -293,4 +284,4 @@ def test_what_cannot_be_built(options, message, key):
 def test_what_cannot_be_run(shape, rate, message, key):
     layer, _ = build("image", key)
     with pytest.raises(ValueError, match=re.escape(message)):
-        layer(jnp.ones(shape), rate=rate)
+        eqx.filter_eval_shape(layer, np.ones(shape, np.float32), rate=rate)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit, recurrence_vjp, relative_error, slow
+from helpers import on_device, quick_jit, recurrence_vjp, relative_error, slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Split
 from scan_problems import BACKENDS, LAYOUTS, native, problem
@@ -74,7 +74,7 @@ def over_two_devices(layout, p, check_vma=True):
     mesh = Mesh(np.array(jax.devices()[:2]), ("time",))
     scan = sharded_scan_pairs if layout.pairs else sharded_scan
     split = lambda z: Split(*(None,) * (z.ndim - 2), "time") if z.ndim > 1 and z.shape[-2] > 1 else Split()
-    flags = [] if p.reset is None else [jnp.asarray(p.reset)]
+    flags = [] if p.reset is None else [on_device(p.reset)]
 
     def local(a, b, x0, reset=None):
         return scan(a, b, x0, axis_name="time", reset=reset, reverse=p.reverse)
@@ -148,10 +148,10 @@ def test_nothing_crosses_a_reset_in_a_later_piece(backend, a_shape):
     @quick_jit
     def everything(*arrays):
         x, pull = jax.vjp(over_two_devices(layout, p), *arrays)
-        return x, pull(jnp.asarray(g))
+        return x, pull(on_device(g))
 
     with use_backend(backend):
-        x, (da, db, dx0) = everything(*map(jnp.asarray, (a, b, p.x0)))
+        x, (da, db, dx0) = jax.tree.map(np.asarray, everything(a, b, p.x0))
     exact, (_, exact_db, _) = recurrence_vjp(p.a[13:] if len(a_shape) > 1 else p.a, p.b[:, 13:], 0 * p.x0, g[:, 13:])
     assert np.isnan(x[:, 4:13]).all()
     assert relative_error(x[:, 13:], exact) < 1e-6 and relative_error(db[:, 13:], exact_db) < 1e-6
@@ -164,11 +164,11 @@ def test_sharded_scan_of_nothing():
     for shape, x0 in (((2, 0, 3), (2, 3)), ((0, 4, 3), (0, 3))):
         p = problem(LAYOUTS["float32"], shape[:1], *shape[1:])
         run = quick_jit(over_two_devices(LAYOUTS["float32"], p))
-        assert run(*map(jnp.asarray, (p.a, p.b, np.ones(x0, np.float32)))).shape == shape
+        assert run(p.a, p.b, np.ones(x0, np.float32)).shape == shape
 
 
 def test_bad_input_to_sharded_scan_is_named():
-    a, b = jnp.ones(3), jnp.ones((4, 3))
+    a, b = np.ones(3, np.float32), np.ones((4, 3), np.float32)
     with pytest.raises(ValueError, match=r"in jax.shard_map over a mesh with the axis 'time'.*diagonal_scan"):
         sharded_scan(a, b, axis_name="time")
     mesh = Mesh(np.array(jax.devices()[:2]), ("time",))
@@ -205,8 +205,8 @@ def test_powers(dtype, request):
         value, pull = jax.vjp(partial(power, n=n), a)
         return value, pull(jnp.ones_like(value))[0]
 
-    a_ = jnp.asarray(a)
-    numbers = (0, 1, 7, 2**20 - 1, 2**20)
+    a_ = on_device(a)
+    numbers = (0, 1, 7, 2**20)
     given = [*zip(numbers, quick_jit(lambda: [both(a_, n) for n in numbers])(), strict=True)]
     given += [(2**15, jax.jit(both, static_argnums=1)(a_, 2**15)), (2**20 - 1, both(a_, 2**20 - 1))]
     for n, results in given:

@@ -1,12 +1,13 @@
 """The state-space step against a complex loop in double precision, through every transformation of JAX."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_jit, relative_error, slow
+from helpers import on_device, quick_jit, relative_error, slow
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 from scan_problems import BACKENDS, native
@@ -53,6 +54,16 @@ def agree(x, y, tolerance=1e-12):
         assert relative_error(given, expected) < tolerance
 
 
+@functools.cache
+def by_the_naive_loop(batch, x0, varying, gain):
+    """Inputs in single precision, flags, and the results in double precision with the flags and without."""
+    inputs = in_dtype(draw(batch, CHUNK + 3, varying=varying, gain=gain, x0=x0), "float32")
+    flags = np.random.default_rng(1).random((*batch, CHUNK + 3)) < 0.03
+    f = functools.partial(value_and_gradients, over_batch(len(batch)), in_dtype(inputs, "float64"))
+    both = quick_jit(jax.vmap(f))(on_device([flags, np.zeros_like(flags)]))
+    return inputs, on_device(flags), jax.device_get(both)
+
+
 @pytest.mark.parametrize(
     "backend, dtype, tolerance",
     [
@@ -72,21 +83,17 @@ def agree(x, y, tolerance=1e-12):
 )
 def test_against_the_naive_loop(batch, x0, varying, gain, backend, dtype, tolerance, x64):
     """y, the last state, and the gradients of everything; with and without resets."""
-    length = CHUNK + 3
-    inputs = draw(batch, length, varying=varying, gain=gain, x0=x0)
-    reset = jnp.asarray(np.random.default_rng(1).random((*batch, length)) < 0.03)
-    reference = over_batch(len(batch))
+    inputs, flags, expected = by_the_naive_loop(batch, x0, varying, gain)
 
     @quick_jit
-    def everything(given, exact):
-        found = value_and_gradients(ours, given, reset), value_and_gradients(ours, given)
-        return found, (value_and_gradients(reference, exact, reset), value_and_gradients(reference, exact))
+    def everything(given, reset):
+        return value_and_gradients(ours, given, reset), value_and_gradients(ours, given)
 
     with use_backend(backend):
-        given = in_dtype(inputs, dtype)
-        found, expected = everything(given, in_dtype(given, "float64"))
+        found = everything(in_dtype(inputs, dtype), flags)
     assert found[0][0][0].dtype == dtype and found[0][0][1].dtype == np.result_type(dtype, np.complex64)
-    agree(found, expected, tolerance)
+    for i, one in enumerate(found):
+        agree(one, jax.tree.map(lambda z, i=i: z[i], expected), tolerance)
 
 
 @pytest.mark.smoke
@@ -101,21 +108,24 @@ def test_numpy_arrays_serve():
     arrays, reset = draw((2,), 5), np.arange(5) == np.array([[2], [3]])
     for inputs in (arrays, [np.asarray(z) for z in in_dtype(arrays[:6], "float32")]):
         found = ours(*inputs, reset=reset)
-        agree(found, ours(*in_dtype(inputs, "float32"), reset=jnp.asarray(reset)), 1e-6)
+        agree(found, ours(*in_dtype(inputs, "float32"), reset=on_device(reset)), 1e-6)
         assert all(isinstance(z, jax.Array) for z in found)
 
 
 def test_width_of_the_input_is_the_width_of_the_output():
     """u in bfloat16 (or another float) gives y in it; the recurrence keeps the precision of the weights."""
     u, *weights = in_dtype(draw((2,), 9), "float32")
+
+    @quick_jit
+    def results(low):
+        gradient = jax.grad(lambda u: jnp.sum(ours(u, *weights)[0]))(low)
+        return ours(low, *weights), ours(low.astype(jnp.float32), *weights), gradient
+
     for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
-        low = u.astype(dtype)
-        y, last = ours(low, *weights)
-        y_exact, last_exact = ours(low.astype(jnp.float32), *weights)
-        assert y.dtype == dtype and last.dtype == jnp.complex64
+        (y, last), (y_exact, last_exact), gradient = results(on_device(u, dtype))
+        assert y.dtype == gradient.dtype == dtype and last.dtype == jnp.complex64
         np.testing.assert_array_equal(last, last_exact)
-        assert relative_error(y.astype(jnp.float32), y_exact) < tolerance
-        assert jax.grad(lambda u: jnp.sum(ours(u, *weights)[0]))(low).dtype == dtype
+        assert relative_error(np.asarray(y, np.float32), y_exact) < tolerance
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,7 +141,7 @@ def test_empty(batch, length, gain, backend):
         return y, last, pull((y, jnp.ones_like(last)))
 
     with use_backend(backend):
-        y, last, cotangents = everything(*inputs)
+        y, last, cotangents = jax.device_get(everything(*inputs))
     assert y.shape == (*batch, length, 3)
     for z, ct in zip(inputs, cotangents, strict=True):
         assert ct is None or ct.shape == z.shape
@@ -142,9 +152,11 @@ def test_empty(batch, length, gain, backend):
 
 
 def test_an_infinite_state_keeps_its_other_part():
-    u, Lambda_bar, B_bar, C, D, x0 = in_dtype(draw((), 1), "float32")[:6]
-    _, last = ours(0 * u, jnp.ones_like(Lambda_bar), B_bar, C, D, x0.at[0].set(jax.lax.complex(2.0, jnp.inf)))
-    _, empty = ours(u[:0], Lambda_bar, B_bar, C, D, x0.at[0].set(jax.lax.complex(2.0, jnp.inf)))
+    u, Lambda_bar, B_bar, C, D, x0, _ = draw((), 1)
+    x0[0] = complex(2, np.inf)
+    inputs = in_dtype((0 * u, np.ones_like(Lambda_bar), B_bar, C, D, x0), "float32")
+    (_, last), (_, empty) = quick_jit(lambda u, *others: (ours(u, *others), ours(u[:0], *others)))(*inputs)
+    last, empty = np.asarray(last), np.asarray(empty)
     assert empty[0].real == 2.0 and np.isposinf(last[0].imag) and np.isfinite(last[1:]).all()
 
 
@@ -152,7 +164,7 @@ def test_an_infinite_state_keeps_its_other_part():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_crosses_a_reset(backend):
     u, *weights, x0, _ = in_dtype(draw((), 9), "float32")
-    reset = jnp.arange(9) == 4
+    reset = np.arange(9) == 4
 
     def after(u, x0):
         y, last = ours(u, *weights, x0, reset=reset)
@@ -164,7 +176,7 @@ def test_nothing_crosses_a_reset(backend):
         return spoilt, jax.grad(after, (0, 1))(u, x0), ours(u[4:], *weights, None)
 
     with use_backend(backend):
-        (y, last), (du, dx0), (y_fresh, last_fresh) = results()
+        (y, last), (du, dx0), (y_fresh, last_fresh) = jax.device_get(results())
     assert np.isnan(y[1:4]).all()
     agree((y[4:], last), (y_fresh, last_fresh), 1e-6)
     assert not du[:4].any() and not dx0.any() and du[4:].all()
@@ -183,26 +195,31 @@ def test_check_grads(gain, x64):
 def test_vmap_over_every_argument(backend, x64):
     """One argument mapped at a time (x0 alone among them), all of them, all but the weights; gradients inside."""
     count, length = 3, CHUNK + 2
-    examples = [in_dtype(draw((), length, seed=seed)[:6], "float64") for seed in range(count)]
-    resets = jnp.asarray(np.random.default_rng(0).random((count, length)) < 0.05)
-    stacked = [*map(jnp.stack, zip(*examples, strict=True)), resets]
+    examples = [draw((), length, seed=seed)[:6] for seed in range(count)]
+    resets = np.random.default_rng(0).random((count, length)) < 0.05
+    stacked = [*map(np.stack, zip(*examples, strict=True)), resets]
     subsets = [{i} for i in range(7)] + [{0, 5}, {0, 6}, {0, 2, 5}, {0, 5, 6}, set(range(7))]
+    axes = [
+        tuple(i % z.ndim if k in subset else None for k, z in enumerate(stacked)) for i, subset in enumerate(subsets)
+    ]
+    rows = [[z[row if k in subset else 0] for k, z in enumerate(stacked)] for subset in subsets for row in range(count)]
 
-    def everything(f):
-        def example(*inputs):
-            *arrays, reset = inputs
-            return value_and_gradients(f, [*arrays, None], reset)
+    def example(f):
+        return lambda *inputs: value_and_gradients(f, [*inputs[:6], None], inputs[6])
 
-        results = []
-        for i, subset in enumerate(subsets):
-            axes = tuple(i % z.ndim if k in subset else None for k, z in enumerate(stacked))
-            operands = [z[0] if n is None else jnp.moveaxis(z, 0, n) for z, n in zip(stacked, axes, strict=True)]
-            results.append(jax.vmap(example, in_axes=axes, out_axes=i % 2)(*operands))
-        return results
+    @quick_jit
+    def everything(operands, each):
+        maps = [jax.vmap(example(ours), own, i % 2)(*z) for i, (own, z) in enumerate(zip(axes, operands, strict=True))]
+        return maps, jax.vmap(example(naive))(*each)
 
+    operands = [
+        [z[0] if n is None else np.moveaxis(z, 0, n) for n, z in zip(own, stacked, strict=True)] for own in axes
+    ]
     with use_backend(backend):
-        found, expected = quick_jit(lambda: (everything(ours), everything(naive)))()
-    agree(found, expected)
+        found, expected = jax.device_get(everything(operands, [np.stack(z) for z in zip(*rows, strict=True)]))
+    for i, one in enumerate(found):
+        truth = jax.tree.map(lambda z, i=i: z[count * i : count * (i + 1)], expected)
+        agree(jax.tree.map(lambda z, i=i: np.moveaxis(z, i % 2, 0), one), truth)
 
 
 def test_every_other_transformation(x64):
@@ -211,26 +228,39 @@ def test_every_other_transformation(x64):
     mapped = (0, None, None, None, None, 0)
     every = tuple(range(6))
 
-    def results(f, whole):
-        loss = loss_of(f)
+    def nested(f, out_axes=0):
+        return jax.vmap(jax.vmap(f, in_axes=mapped), in_axes=mapped, out_axes=out_axes)
+
+    def losses(f, whole):
+        return loss_of(f), loss_of(nested(f, 1)), loss_of(whole)
+
+    def found():
+        loss, mean, whole = losses(ours, ours)
         gradient = jax.grad(loss, every)
-        mean = loss_of(jax.vmap(jax.vmap(f, in_axes=mapped), in_axes=mapped, out_axes=1))
         value, pushed = jax.linearize(mean, *inputs)
         slope = lambda *z: jax.jvp(mean, z, inputs)[1]
-        rematerialised = jax.grad(jax.checkpoint(loss_of(whole)), every)
         return [
-            jax.vmap(jax.vmap(gradient, in_axes=mapped), in_axes=mapped)(*inputs),
-            (value, pushed(*inputs)),
-            jax.grad(mean, every)(*inputs),
-            jax.grad(slope, every)(*inputs),
+            nested(gradient)(*inputs),
+            nested(lambda *z: jax.jvp(gradient, z, z)[1])(*inputs),
+            (value, jax.grad(mean, every)(*inputs)),
+            (pushed(*inputs), jax.grad(slope, every)(*inputs)),
             jax.jvp(jax.grad(mean, every), inputs, inputs)[1],
-            jax.jvp(rematerialised, inputs, inputs),
-            jax.vmap(jax.vmap(lambda *z: jax.jvp(gradient, z, z)[1], in_axes=mapped), in_axes=mapped)(*inputs),
-            jax.vmap(jax.vmap(lambda *z: jax.jvp(f, z, z), in_axes=mapped), in_axes=mapped)(*inputs),
+            jax.jvp(jax.grad(jax.checkpoint(whole), every), inputs, inputs),
+            nested(lambda *z: jax.jvp(ours, z, z))(*inputs),
         ]
 
-    found, expected = quick_jit(lambda: (results(ours, ours), results(naive, over_batch(2))))()
-    agree(found, expected)
+    def expected():
+        loss, mean, whole = losses(naive, over_batch(2))
+        value_and_slope = jax.jvp(jax.value_and_grad(mean, every), inputs, inputs)
+        return [
+            *nested(lambda *z: jax.jvp(jax.grad(loss, every), z, z))(*inputs),
+            *value_and_slope,
+            value_and_slope[1][1],
+            jax.jvp(jax.grad(whole, every), inputs, inputs),
+            nested(lambda *z: jax.jvp(naive, z, z))(*inputs),
+        ]
+
+    agree(*quick_jit(lambda: (found(), expected()))())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -248,13 +278,12 @@ def test_shard_map_with_replicated_weights(backend, x64):
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=every)
     gradient = lambda f: jax.grad(f, tuple(range(6)))
     within = jax.shard_map(gradient(local), mesh=mesh, in_specs=specs, out_specs=specs)
+    both = lambda f: jax.jvp(gradient(f), inputs, inputs)
 
-    expected = quick_jit(lambda: (gradient(energy)(*inputs), jax.jvp(gradient(energy), inputs, inputs)[1]))()
     with use_backend(backend):
-        agree(
-            quick_jit(lambda: (gradient(sharded)(*inputs), jax.jvp(gradient(sharded), inputs, inputs)[1]))(), expected
-        )
-        agree(quick_jit(within)(*inputs), expected[0])
+        found, inside, expected = quick_jit(lambda: (both(sharded), within(*inputs), both(energy)))()
+    agree(found, expected)
+    agree(inside, expected[0])
 
 
 # What does not fit.
@@ -291,6 +320,6 @@ def test_every_pair_of_options_composes():
     """x0, gain, reset and a varying Lambda_bar: each combination runs, under jit, with the shapes stated."""
     for varying, gain, x0, reset in itertools.product((False, True), repeat=4):
         inputs = in_dtype(draw((2,), 4, varying=varying, gain=gain, x0=x0), "float32")
-        flags = jnp.zeros((2, 4), bool) if reset else None
+        flags = jax.ShapeDtypeStruct((2, 4), bool) if reset else None
         y, last = jax.eval_shape(ours, *inputs, flags)
         assert y.shape == (2, 4, 3) and last.shape == (2, 4) and last.dtype == jnp.complex64

@@ -51,7 +51,7 @@ def test_no_array_of_all_states(mapped):
     """Forward and backward hold one state a chunk, whatever maps are around."""
     batch, length, width, states = 2, 4 * CHUNK, 3, 16
     inputs = in_dtype(draw((batch,), length, width, states)[:6], "float32")
-    reset = jnp.arange(length) % 50 == 0
+    reset = np.arange(length) % 50 == 0
     step = lambda u, *others: ssm(u, *others, reset=jnp.broadcast_to(reset, u.shape[:-1]))
 
     def run(*inputs):
@@ -74,7 +74,7 @@ def test_what_is_not_wanted_is_not_computed():
     assert count(jax.grad(lambda *z: jnp.sum(ssm(*z)[0] ** 2))) == [1, 1]
 
 
-@pytest.mark.parametrize("width", [3, WIDEST, WIDEST + 1])
+@pytest.mark.parametrize("width", [WIDEST, WIDEST + 1])
 def test_which_kernels_run(width):
     """The fused ones, keeping one state a chunk up to a width and all above it; none where plain JAX is asked for."""
     inputs = in_dtype(draw((2,), CHUNK, width)[:6], "float32")
@@ -95,8 +95,7 @@ def over_two_devices():
 
 
 @native
-@pytest.mark.parametrize("width, states", [(3, 4), (4, 2), (WIDEST + 1, 4)])
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset, width, states", [(False, 3, 4), (True, 4, 2), (True, WIDEST + 1, 4)])
 def test_a_batch_over_two_devices(reset, width, states):
     """Under jit nothing is gathered, and the gradients of the weights are those of the whole batch."""
     batch = 4
@@ -114,8 +113,9 @@ def test_a_batch_over_two_devices(reset, width, states):
     (y, last), (du, *weights, dx0) = compiled(*spread)
     assert all(not z.sharding.is_fully_replicated for z in (y, last, du, dx0))
     assert all(z.sharding.is_fully_replicated for z in weights)
-    for ours, expected in zip(jax.tree.leaves(compiled(*spread)), jax.tree.leaves(jax.jit(run)(*inputs)), strict=True):
-        assert relative_error(ours, expected) < 1e-6
+    expected = jax.tree.leaves(jax.jit(run)(*inputs))
+    for ours, exact in zip((y, last, du, *weights, dx0), expected, strict=True):
+        assert relative_error(ours, exact) < 1e-6
 
 
 @native
@@ -123,7 +123,7 @@ def test_donated_operands():
     """Whatever XLA writes over them, the results are the same."""
     inputs = in_dtype(draw((2,), CHUNK + 2, 4, 2)[:6], "float32")
     expected = jax.jit(everything)(*inputs)
-    copies = [jnp.array(z) for z in inputs]
+    copies = jax.jit(lambda *z: jax.tree.map(jnp.copy, z))(*inputs)
     found = jax.jit(everything, donate_argnums=tuple(range(6)))(*copies)
     assert copies[0].is_deleted()
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -46,6 +46,11 @@ def model(key, mixer=mixers, **options):
     return jax.tree.map(fill, eqx.filter_eval_shape(build, key))
 
 
+@pytest.fixture(scope="module")
+def many(key):
+    return model(key)
+
+
 def assert_same(ours, saved):
     """The same tree, with the same bits."""
     assert jax.tree.structure(ours) == jax.tree.structure(saved)
@@ -60,18 +65,18 @@ def assert_same(ours, saved):
 @pytest.mark.parametrize(
     "make",
     [
-        model,
-        lambda key: nn.cast(model(key), jnp.bfloat16),
-        lambda key: model(key, lambda key: nn.RGLRU(D, key=key), num_layers=3, stack=True, remat=True),
-        lambda key: eqx.nn.inference_mode(model(key)),
-        lambda key: eqx.filter(model(key), eqx.is_inexact_array),  # None for the other leaves
-        lambda key: drawn(lambda key: nn.materialise(nn.hyena(D, 16, order=3, filter_width=4, key=key)), key),
-        lambda key: drawn(lambda key: nn.BidirectionalS5(D, 4, key=key), key),
-        lambda key: nn.Buffer(jnp.zeros((0, 3))),
+        lambda many, key: many,
+        lambda many, key: drawn(lambda key: nn.cast(many, jnp.bfloat16), key),
+        lambda many, key: model(key, lambda key: nn.RGLRU(D, key=key), num_layers=3, stack=True, remat=True),
+        lambda many, key: eqx.nn.inference_mode(many),
+        lambda many, key: eqx.filter(many, eqx.is_inexact_array),  # None for the other leaves
+        lambda many, key: drawn(lambda key: nn.materialise(nn.hyena(D, 16, order=3, filter_width=4, key=key)), key),
+        lambda many, key: drawn(lambda key: nn.BidirectionalS5(D, 4, key=key), key),
+        lambda many, key: nn.Buffer(on_device(np.zeros((0, 3), np.float32))),
     ],
 )
-def test_round_trip(make, key, tmp_path):
-    saved = make(key)
+def test_round_trip(make, many, key, tmp_path):
+    saved = make(many, key)
     save(tmp_path / "model", saved)
     assert_same(load(tmp_path / "model"), saved)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -79,14 +84,15 @@ def test_round_trip(make, key, tmp_path):
 
 @pytest.mark.smoke
 def test_what_is_read_runs(key, tmp_path):
-    saved, tokens = eqx.nn.inference_mode(model(key, (nn.ShortConv(D, 3, key=key),))), jnp.arange(5)
+    saved = eqx.nn.inference_mode(model(key, lambda key: nn.ShortConv(D, 3, key=key), num_layers=1))
+    tokens = on_device(np.arange(5), np.int32)
     save(str(tmp_path / "model"), saved)
     logits = eqx.filter_jit(lambda model: model(tokens))
     np.testing.assert_array_equal(logits(load(str(tmp_path / "model"))), logits(saved))
 
 
 def test_round_trip_of_double_precision(key, tmp_path, x64):
-    saved = nn.DiagonalSSM(3, 4, bandlimit=float("inf"), key=key)
+    saved = drawn(lambda key: nn.DiagonalSSM(3, 4, bandlimit=float("inf"), key=key), key)
     save(tmp_path / "model", saved)
     assert_same(load(tmp_path / "model"), saved)
     with jax.enable_x64(False), pytest.raises(ValueError, match=r"A_real must keep its dtype, float64.*jax_enable_x64"):
@@ -108,8 +114,8 @@ class Private(eqx.Module):
 )
 def test_what_a_file_cannot_hold_is_named_and_nothing_is_written(activation, words, key, tmp_path):
     (tmp_path / "model").write_bytes(b"before")
-    layer = eqx.tree_at(lambda s4d: s4d.activation, nn.S4D(D, 4, key=key), activation)
-    block = eqx.tree_at(lambda block: block.mixer, nn.Block(nn.S4D(D, 4, key=key), nn.MLP(D, D, key=key)), layer)
+    block = drawn(lambda key: nn.Block(nn.S4D(D, 4, key=key), nn.MLP(D, D, key=key)), key)
+    block = eqx.tree_at(lambda block: block.mixer.activation, block, activation)
     with pytest.raises(ValueError, match=words):
         save(tmp_path / "model", block)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model", b"before")]
@@ -185,7 +191,7 @@ def test_a_header_that_does_not_fit_is_refused(change, words, key, tmp_path):
 def test_damage_is_seen(what, key, tmp_path):
     """One bit of an array, or one digit of the structure."""
     path = tmp_path / "model"
-    save(path, nn.Attention(D, 2, max_length=16, key=key))
+    save(path, drawn(lambda key: nn.Attention(D, 2, max_length=16, key=key), key))
     data = path.read_bytes()
     if what == "data":
         damaged = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]

@@ -18,6 +18,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the others would wait for work by counting
+
 # What is compiled serves the next run too, and programs that tests start. A file that another process has just begun to
 # write is as good as none.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / "build/compiled")

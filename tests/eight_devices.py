@@ -10,7 +10,9 @@ import re
 import sys
 from functools import partial
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import xla_flags
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {xla_flags.QUICK}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import equinox as eqx

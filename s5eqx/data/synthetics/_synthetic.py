@@ -143,18 +143,18 @@ class AbstractSynthetic(AbstractTask):
         chunk = max(1, min(4096, 2 * self.num_test, 2**22 // self.sequence_length))
         hashes = np.zeros((0,), np.uint64)
         first = np.zeros((0,), np.int64)
-        with jax.ensure_compile_time_eval():
-            hash_inputs = jax.vmap(lambda i: hash_tokens(self.draw(self._key(TEST, i))["inputs"]))
-            hash_chunk = jax.jit(lambda start: hash_inputs(start + jnp.arange(chunk, dtype=jnp.int32)))
-            while len(first) < self.num_test:
-                if len(hashes) > chunk + PATIENCE * self.num_test:
-                    raise ValueError(
-                        f"num_test={self.num_test} different examples of {self} were not found: {len(first)} are "
-                        f"among {len(hashes)}; ask for fewer, or for longer sequences"
-                    )
-                words = np.asarray(hash_chunk(len(hashes))).astype(np.uint64)
-                hashes = np.concatenate([hashes, (words[:, 0] << np.uint64(32)) | words[:, 1]])
-                _, first = np.unique(hashes, return_index=True)
+        hash_inputs = jax.vmap(lambda i: hash_tokens(self.draw(self._key(TEST, i))["inputs"]))
+        hash_chunk = jax.jit(lambda start: hash_inputs(start + jnp.arange(chunk, dtype=jnp.int32)))
+        hash_chunk = hash_chunk.lower(jax.ShapeDtypeStruct((), jnp.int32)).compile()  # runs while another is traced
+        while len(first) < self.num_test:
+            if len(hashes) > chunk + PATIENCE * self.num_test:
+                raise ValueError(
+                    f"num_test={self.num_test} different examples of {self} were not found: {len(first)} are "
+                    f"among {len(hashes)}; ask for fewer, or for longer sequences"
+                )
+            words = np.asarray(hash_chunk(np.int32(len(hashes)))).astype(np.uint64)
+            hashes = np.concatenate([hashes, (words[:, 0] << np.uint64(32)) | words[:, 1]])
+            _, first = np.unique(hashes, return_index=True)
         numbers = np.sort(first)[: self.num_test]
         kept = hashes[numbers]
         pairs = np.stack([kept >> np.uint64(32), kept & np.uint64(0xFFFFFFFF)], axis=1)

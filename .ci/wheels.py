@@ -124,6 +124,7 @@ def test(version: str, resolution: str, tools: Tools, folder: Path) -> str:
     # A copy, so that the source tree is not beside them, to be imported in place of the wheel.
     shutil.copytree(ROOT / "tests", place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", place)
+    (place / "build").symlink_to(tools.work)  # where the tests keep what they compile: once for all rows with one jax
     extreme = (version, resolution) in ((PYTHONS[0], "lowest-direct"), (PYTHONS[-1], "highest"))
     patterns = OPERATIONS + LAW_AND_TRAINING * extreme
     files = [path for pattern in patterns for path in sorted(place.glob(f"tests/{pattern}"))]

@@ -27,24 +27,40 @@ TINY = shlex.split(
 )
 
 
-def test_assoc_recall_learns_and_says_so(tmp_path, monkeypatch, capsys):
-    code, output, errors = run(SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
+RUN = (*TINY, "--steps", 300, "--run", "here")
+in_one_process = pytest.mark.xdist_group("assoc_recall")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run, its output and its result."""
+    folder = tmp_path_factory.mktemp("trained")
+    code, output, errors = run(SCRIPT, *RUN, folder=folder)
     assert code == 0, errors
-    result = json.loads(output.splitlines()[-1])
-    assert result == json.loads((tmp_path / "here/result.json").read_text())
+    return folder, output, json.loads(output.splitlines()[-1])
+
+
+@in_one_process
+def test_assoc_recall_learns_and_says_so(trained):
+    folder, output, result = trained
+    assert result == json.loads((folder / "here/result.json").read_text())
     assert {"test_loss", "seconds", "seconds_to_99", "commit", "versions"} <= result.keys()
     assert result["steps"] == 300 and result["settings"]["vocab_size"] == 6
     assert result["test_accuracy"] > 0.75, "chance is a half"
     assert result["steps_per_second"] > 0
     assert "expected" in output
-    assert (tmp_path / "here/curve.png").read_bytes().startswith(b"\x89PNG")
-    assert list((tmp_path / "here").glob("events.out.tfevents.*"))
+    assert (folder / "here/curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "here").glob("events.out.tfevents.*"))
     batch = AssocRecall(6, 8, num_test=20).test(jnp.arange(20))
-    logits = quick_jit(jax.vmap(load(tmp_path / "here/model.safetensors").__call__))(batch.inputs)
+    logits = quick_jit(jax.vmap(load(folder / "here/model.safetensors").__call__))(batch.inputs)
     right = np.argmax(logits[:, -1], axis=-1) == batch.targets[:, -1]
     assert np.mean(right) == pytest.approx(result["test_accuracy"]), "the file holds the trained model"
 
-    again = functools.partial(run_here, monkeypatch, SCRIPT, *TINY, "--steps", 300, "--run", "here", folder=tmp_path)
+
+@in_one_process
+def test_assoc_recall_that_has_ended_says_so_again(trained, monkeypatch, capsys):
+    folder, _, result = trained
+    again = functools.partial(run_here, monkeypatch, SCRIPT, *RUN, folder=folder)
     with pytest.raises(SystemExit, match="holds another run"):
         again()
     again("--resume")

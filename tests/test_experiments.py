@@ -25,8 +25,6 @@ TINY = shlex.split(
     "--vocab-size 6 --length 8 --width 16 --num-layers 1 --mlp-width 16 --state-size 8 --num-blocks 2 --batch-size 32 "
     "--steps-per-dispatch 50 --eval-every 100 --log-every 50 --checkpoint-every 100 --num-test 20 --warmup 10"
 )
-
-
 RUN = (*TINY, "--steps", 300, "--run", "here")
 in_one_process = pytest.mark.xdist_group("assoc_recall")
 

@@ -87,6 +87,21 @@ def drawn(build, key, dtype=None):
     return jax.tree.map(lambda leaf: draw(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, skeleton)
 
 
+def dense(layer, x):
+    """What a linear layer with a bias is, in NumPy."""
+    return x @ np.asarray(layer.weight).T + np.asarray(layer.bias)
+
+
+@functools.cache
+def _drawing(task, count):
+    return jax.jit(lambda key: jax.vmap(task.draw)(jax.random.split(key, count)))
+
+
+def examples(task, count, key):
+    """Of a synthetic task, without regard to a test set, which takes time to find."""
+    return jax.device_get(_drawing(task, count)(key))
+
+
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 """The values of a test's parameters for which it is slow."""
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import examples
 
 from s5eqx.data import AssocRecall
 from s5eqx.data.hashing import HashSet, hash_tokens
@@ -12,8 +13,8 @@ from s5eqx.data.permutation import permuted
 
 
 def some_rows(task, count):
-    """Inputs and the answer, as the published lists have them; without a test set, which takes time to find."""
-    rows = jax.device_get(jax.jit(lambda: jax.vmap(task.draw)(jr.split(jr.key(0), count)))())
+    """Inputs and the answer, as the published lists have them."""
+    rows = examples(task, count, jr.key(0))
     return np.concatenate([rows["inputs"], rows["targets"][:, -1:]], axis=1)
 
 

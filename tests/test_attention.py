@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, on_device, quick_jit
+from helpers import dense, drawn, on_device, quick_jit
 
 from s5eqx import nn
 
@@ -20,8 +20,7 @@ def sequence(dtype=float, length=L):
 
 def in_loops(layer, x, window, reset, keep):
     """Token by token and head by head, as it is written in the docstring."""
-    x, W, b = (np.asarray(a) for a in (x, layer.Wqkv.weight, layer.Wqkv.bias))
-    q, k, v = np.moveaxis((x @ W.T + b).reshape(L, 3, H, D // H), 1, 0)
+    q, k, v = np.moveaxis(dense(layer.Wqkv, x).reshape(L, 3, H, D // H), 1, 0)
     y = np.zeros((L, H, D // H))
     for t in range(L):
         start = max(s for s in range(t + 1) if s == 0 or reset[s])
@@ -29,7 +28,7 @@ def in_loops(layer, x, window, reset, keep):
             seen = [s for s in range(max(start, t - window + 1), t + 1) if keep[s]]
             w = np.exp([q[t, h] @ k[s, h] / np.sqrt(D // H) for s in seen])
             y[t, h] = sum((w_s / w.sum() * v[s, h] for w_s, s in zip(w, seen, strict=True)), np.zeros(D // H))
-    return y.reshape(L, D) @ np.asarray(layer.out_proj.weight).T + np.asarray(layer.out_proj.bias)
+    return dense(layer.out_proj, y.reshape(L, D))
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -3,7 +3,7 @@
 import equinox as eqx
 import numpy as np
 import pytest
-from helpers import drawn, on_device, quick_jit
+from helpers import dense, drawn, on_device, quick_jit
 
 from s5eqx import nn
 
@@ -13,7 +13,6 @@ def test_heads(key, x64):
     L, D, d = 7, 6, 3
     layer = drawn(lambda key: nn.h3(D, 4, head_dim=d, key=key), key)
     x = np.random.default_rng(0).standard_normal((L, D))
-    dense = lambda linear, x: x @ np.asarray(linear.weight).T + np.asarray(linear.bias)
     y, long = quick_jit(lambda x: (layer(x), layer.ssm.kernel(L)[0]))(x)
     q, k, v = (dense(p, x) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     B, C, skip, long = map(np.asarray, (layer.shift.B, layer.shift.C, layer.ssm.D, long))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, quick_jit, slow
+from helpers import dense, drawn, quick_jit, slow
 
 from s5eqx import nn
 from s5eqx.models import LanguageModel
@@ -39,9 +39,8 @@ def test_kernels_by_the_formula(key, x64):
 def test_heads_by_the_definition(key, x64):
     """Each head convolves the outer product of its keys and values with one filter; queries contract it."""
     layer = drawn(lambda key: nn.hyena(D, K, num_heads=2, short_filter=0, key=key), key)
-    linear = lambda layer, x: x @ np.asarray(layer.weight).T + np.asarray(layer.bias)
     u = x()
-    q, k, v = (a.reshape(K, 2, 2) for a in np.split(linear(layer.in_proj, u), 3, axis=1))
+    q, k, v = (a.reshape(K, 2, 2) for a in np.split(dense(layer.in_proj, u), 3, axis=1))
     kernels, got = quick_jit(lambda layer: (layer.bank.kernels(), layer(u)))(layer)
     (kernel,), skip = np.asarray(kernels), np.asarray(layer.bank.bias)
     y = np.zeros((K, 2, 2))
@@ -51,7 +50,7 @@ def test_heads_by_the_definition(key, x64):
             for s in range(t + 1):
                 kv = kv + kernel[t - s, h] * np.outer(k[s, h], v[s, h])
             y[t, h] = q[t, h] @ kv
-    np.testing.assert_allclose(got, linear(layer.out_proj, y.reshape(K, D)), atol=1e-12)
+    np.testing.assert_allclose(got, dense(layer.out_proj, y.reshape(K, D)), atol=1e-12)
 
 
 @pytest.mark.parametrize("stack", [slow(False), True])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, on_device, quick_jit
+from helpers import dense, drawn, on_device, quick_jit
 
 from s5eqx import nn
 
@@ -26,10 +26,6 @@ def gelu(y):
 
 def sigmoid(y):
     return 1 / (1 + np.exp(-y))
-
-
-def dense(layer, x):
-    return x @ np.asarray(layer.weight).T + np.asarray(layer.bias)
 
 
 def convolved(layer, x):

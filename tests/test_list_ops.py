@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 import statistics
 
-import jax
-import jax.random as jr
 import numpy as np
 import pytest
+from helpers import examples
 
 from s5eqx.data.synthetics import ListOps
 
@@ -41,11 +40,6 @@ def assert_expressions(task, inputs, targets, lengths, weights=None):
     return seen
 
 
-def drawn(task, count, key):
-    """Examples without regard to a test set, which takes time to find."""
-    return jax.device_get(jax.jit(lambda key: jax.vmap(task.draw)(jr.split(key, count)))(key))
-
-
 def numbers(*bounds):
     return np.arange(*bounds, dtype=np.int32)
 
@@ -72,7 +66,7 @@ def test_the_example_of_the_docstring():
 )
 def test_every_example_is_an_expression_and_its_value(max_length, max_depth, max_args, count, key):
     task = ListOps(max_length, max_depth, max_args, num_test=20)
-    rows = drawn(task, count, key)
+    rows = examples(task, count, key)
     seen = assert_expressions(task, **rows)
     assert {operator for operator, _ in seen} == set(OPERATIONS)
     assert {size for _, size in seen} == set(range(2, min(max_args, max_length - 2) + 1))
@@ -82,7 +76,7 @@ def test_every_example_is_an_expression_and_its_value(max_length, max_depth, max
 
 def test_long_expressions_fill_their_length(key):
     task = ListOps()
-    rows = drawn(task, 64, key)
+    rows = examples(task, 64, key)
     seen = assert_expressions(task, **rows)
     assert set(seen) == set(itertools.product(OPERATIONS, range(2, 11)))
     assert rows["inputs"].shape == (64, 2048) == (64, task.sequence_length)
@@ -92,7 +86,7 @@ def test_long_expressions_fill_their_length(key):
 
 @pytest.mark.smoke
 def test_lengths_and_values_are_spread(key):
-    rows = drawn(ListOps(max_length=100), 2000, key)
+    rows = examples(ListOps(max_length=100), 2000, key)
     quarters = np.histogram(rows["lengths"], bins=[50, 63, 76, 88, 101])[0]
     assert quarters.sum() > 0.95 * 2000
     assert quarters.min() > 0.15 * 2000
@@ -116,9 +110,9 @@ def test_an_example_depends_on_seed_and_number_alone():
 
 
 def test_double_precision_does_not_change_the_data(request, key):
-    expected = drawn(SMALL, 8, key)
+    expected = examples(SMALL, 8, key)
     request.getfixturevalue("x64")
-    given = drawn(ListOps(max_length=30), 8, key)
+    given = examples(ListOps(max_length=30), 8, key)
     for name in expected:
         assert given[name].dtype == expected[name].dtype == np.int32
         np.testing.assert_array_equal(given[name], expected[name])

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import drawn, on_device, quick_jit, to_complex
+from helpers import dense, drawn, on_device, quick_jit, to_complex
 
 from s5eqx import nn
 
@@ -51,7 +51,7 @@ def test_lru_starts_finite_at_the_ends_of_the_ring(key):
 def test_rg_lru_is_its_recurrence(key, x64):
     layer = drawn(lambda key: nn.RGLRU(3, c=5.0, key=key), key)
     x = np.random.default_rng(0).standard_normal((6, 3))
-    r, i = (sigmoid(x @ np.asarray(p.weight).T + np.asarray(p.bias)) for p in (layer.a_proj, layer.x_proj))
+    r, i = (sigmoid(dense(p, x)) for p in (layer.a_proj, layer.x_proj))
     a = sigmoid(np.asarray(layer.Lambda)) ** (5 * r)
     h, expected = np.zeros(3), []
     for t in range(6):

@@ -360,7 +360,13 @@ def test_a_module_that_does_not_load_is_reported(registered, tmp_path, monkeypat
     with pytest.warns(RuntimeWarning, match=r"^s5eqx\.ops\._cpu was built and cannot be used: "):
         assert not _native.is_live("cpu")
     assert not _native.is_live("cpu")  # a second warning would be an error here
-    assert _native._loaded["cpu"][0].detail.startswith("the module does not load: ")
+    detail = _native._loaded["cpu"][0].detail
+    assert detail.startswith("the module does not load: ")
+    scan = lambda b: s5eqx.ops.diagonal_scan(np.full(2, 0.5, np.float32), b)
+    gradient = jax.jit(jax.grad(lambda b: scan(b)[-1].sum()))(np.ones((3, 2), np.float32))
+    np.testing.assert_array_equal(gradient, [[0.25] * 2, [0.5] * 2, [1.0] * 2])
+    with pytest.raises(RuntimeError, match=re.escape(detail)), s5eqx.use_backend("native"):
+        scan(np.ones((3, 2), np.float32))
 
 
 EVERY_KERNEL = """

@@ -1,27 +1,17 @@
 """Pendulum: it swings as a pendulum does, the pictures show it, and times and noise are as described."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
+from helpers import examples
 
 from s5eqx.data.synthetics import Pendulum
 from s5eqx.data.synthetics.pendulum import GRAVITY, SPACING, swing
 
 ANGLES = np.array([-3.1, -2.0, -0.7, 0.0, 0.3, 1.5, 2.9], np.float32)
-
-
-@functools.cache
-def drawing(task, count):
-    return jax.jit(lambda key: jax.vmap(task.draw)(jr.split(key, count)))
-
-
-def drawn(task, count, key):
-    return jax.device_get(drawing(task, count)(key))
 
 
 def arrays(batch):
@@ -65,8 +55,8 @@ def test_with_friction_it_moves_as_in_much_finer_steps():
 
 @pytest.mark.smoke
 def test_intervals_lead_to_the_times_of_the_whole_path(key):
-    path = drawn(Pendulum(length=100, size=18, noise=False), 150, key)
-    part = drawn(Pendulum(length=30, size=18, noise=False), 150, key)
+    path = examples(Pendulum(length=100, size=18, noise=False), 150, key)
+    part = examples(Pendulum(length=30, size=18, noise=False), 150, key)
     np.testing.assert_array_equal(path["intervals"], 1.0)
     assert part["intervals"].min() >= 1
     times = np.cumsum(part["intervals"], axis=1).astype(int) - 1
@@ -77,7 +67,7 @@ def test_intervals_lead_to_the_times_of_the_whole_path(key):
 
 
 def test_every_time_is_as_likely(key):
-    intervals = drawn(Pendulum(num_times=12, length=5, size=10), 4000, key)["intervals"]
+    intervals = examples(Pendulum(num_times=12, length=5, size=10), 4000, key)["intervals"]
     counts = np.bincount(np.cumsum(intervals, axis=1).astype(int).ravel(), minlength=13)
     assert counts[0] == 0
     share = 5 / 12
@@ -86,7 +76,7 @@ def test_every_time_is_as_likely(key):
 
 @pytest.mark.parametrize("size", [10, 31])
 def test_pictures_show_the_bob_where_the_targets_say(size, key):
-    rows = drawn(Pendulum(size=size, noise=False, friction=0.0), 10, key)
+    rows = examples(Pendulum(size=size, noise=False, friction=0.0), 10, key)
     pictures = squares(rows["inputs"])
     assert pictures.shape == (10, 50, size, size)
     assert 0 <= pictures.min() < 1e-6
@@ -99,7 +89,7 @@ def test_pictures_show_the_bob_where_the_targets_say(size, key):
 
 
 def test_what_knowing_nothing_costs_is_as_documented(key):
-    targets = drawn(Pendulum(size=10, noise=False), 2000, key)["targets"]
+    targets = examples(Pendulum(size=10, noise=False), 2000, key)["targets"]
     assert (targets**2).mean() == pytest.approx(1 / 2)
     assert ((targets - targets.mean(axis=(0, 1))) ** 2).mean() == pytest.approx(0.37, abs=0.02)
 
@@ -108,8 +98,8 @@ def test_what_knowing_nothing_costs_is_as_documented(key):
 
 
 def test_some_pictures_are_clean_and_some_nothing_but_noise(key):
-    noisy = drawn(Pendulum(length=100, size=18), 150, key)
-    clean = drawn(Pendulum(length=100, size=18, noise=False), 150, key)
+    noisy = examples(Pendulum(length=100, size=18), 150, key)
+    clean = examples(Pendulum(length=100, size=18, noise=False), 150, key)
     np.testing.assert_allclose(noisy["targets"], clean["targets"], atol=1e-6)
     assert noisy["inputs"].min() >= 0
     assert noisy["inputs"].max() <= 1
@@ -146,7 +136,7 @@ def test_an_example_depends_on_seed_and_number_alone():
 
 
 def test_double_precision_does_not_change_the_data(request, key):
-    make = lambda: drawn(Pendulum(num_times=20, length=10, size=10), 4, key)
+    make = lambda: examples(Pendulum(num_times=20, length=10, size=10), 4, key)
     expected = make()
     request.getfixturevalue("x64")
     given = make()

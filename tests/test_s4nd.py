@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import drawn, on_device, quick_jit, relative_error, slow
+from helpers import dense, drawn, on_device, quick_jit, relative_error, slow
 from jax import lax
 
 from s5eqx import nn
@@ -94,8 +94,7 @@ def test_equals_the_convolution_written_out(name, key, x64):
     """With rates of its own for each axis."""
     layer, x = build(name, key)
     rates = (0.5, 1.0, 1.7)[: layer.num_axes]
-    dense = layer.output_linear
-    expected = in_loops(layer, np.asarray(x), rates) @ np.asarray(dense.weight).T + np.asarray(dense.bias)
+    expected = dense(layer.output_linear, in_loops(layer, np.asarray(x), rates))
     assert relative_error(forward(layer, x, rates), expected) < 1e-10
 
 
@@ -105,14 +104,14 @@ def test_gradients_are_those_of_dense_matrices(name, key, x64):
     layer, x = build(name, key)
     weights = np.random.default_rng(2).standard_normal(x.shape)
     rates = (0.5, 1.0, 1.7)[: layer.num_axes]
-    dense = lambda layer, x, rates: layer.read_out(in_matrices(layer, x, rates))
+    in_dense = lambda layer, x, rates: layer.read_out(in_matrices(layer, x, rates))
 
     def gradient(function):
         loss = lambda given: jnp.sum(weights * function(*given, rates))
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return jax.device_get(quick_jit(eqx.filter_grad(loss))((layer, x)))
 
-    given, expected = gradient(lambda layer, x, rates: layer(x, rate=rates)), gradient(dense)
+    given, expected = gradient(lambda layer, x, rates: layer(x, rate=rates)), gradient(in_dense)
     assert jax.tree.structure(given) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True):
         assert np.any(b), jax.tree_util.keystr(path)
@@ -241,7 +240,7 @@ def test_a_system_without_a_skip(key, x64):
     def run(ssm):
         state = ssm.init_state()
         scanned = lax.scan(lambda s, t: ssm.step(s, t[0], reset=t[1]), state, (x, reset))
-        return ssm(x), ssm.prefill(state, x), ssm.prefill(state, x, reset=reset), scanned
+        return ssm(x), ssm(x, reset=reset), ssm.prefill(state, x), ssm.prefill(state, x, reset=reset), scanned
 
     assert ssm.D is None
     for given, expected in zip(jax.tree.leaves(run(ssm)), jax.tree.leaves(run(zero)), strict=True):

@@ -266,7 +266,7 @@ def test_runs_repeat_bit_for_bit_and_compile_once(trainer):
 
 def test_seeds_differ(trainer):
     first, second = trainer.init(), tiny.trainer(seed=1).init()
-    assert not all(map(np.array_equal, first, second))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_state_is_donated(trainer):

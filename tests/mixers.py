@@ -98,7 +98,9 @@ CASES = {
             D, max_length=LONGEST, rotary=nn.Rotary(4, interleaved=True), short_conv=3, use_bias=False, key=key
         )
     ),
-    "attention_window": Case(lambda key: nn.Attention(D, 2, window=3, rotary=nn.Rotary(2), key=key)),
+    "attention_window": Case(
+        lambda key: nn.Attention(D, 2, window=3, rotary=nn.Rotary(2, interleaved=True), short_conv=3, key=key)
+    ),
     "lru": Case(lambda key: nn.LRU(D, 5, activation=nn.Gelu(), key=key)),
     "rg_lru": Case(lambda key: nn.RGLRU(D, key=key)),
     "block": Case(lambda key: nn.Block(s5(key), nn.MLP(D, 8, key=key))),
@@ -106,7 +108,8 @@ CASES = {
     "stack": Case(lambda key: nn.Stack.of([s5(k) for k in jr.split(key)])),
     "language_model": Case(lambda key: language_model(key, (hyena(key), conv(key))), tokens=True),
     "language_model_hybrid": Case(
-        lambda key: language_model(key, (conv(key), nn.Attention(D, window=4, key=key)), remat=True), tokens=True
+        lambda key: language_model(key, (conv(key), nn.Attention(D, max_length=LONGEST, key=key)), remat=True),
+        tokens=True,
     ),
     "language_model_s4d": Case(
         lambda key: language_model(key, (nn.S4D(D, 4, key=key), nn.Attention(D, window=4, key=key)), remat=True),
@@ -123,6 +126,7 @@ CASES = {
 
 VARIANTS = {
     "short_conv_1",
+    "s5",
     "s5_full_gelu",
     "s5_bilinear_half_glu1",
     "hyena_2_no_short_conv",
@@ -136,6 +140,7 @@ VARIANTS = {
     "h3_heads",
     "h3_conv",
     "attention",
+    "attention_rotary",
     "block",
     "backbone",
     "language_model",
@@ -144,7 +149,7 @@ VARIANTS = {
     "language_model_stack",
 }
 """Each shares its code with another case: among the slow tests."""
-SMOKE = {"short_conv_4", "mlp", "s5", "modal", "long_conv", "lru", "rg_lru"}
+SMOKE = {"short_conv_4", "mlp", "modal", "long_conv", "lru", "rg_lru"}
 """Those that compile quickly: among the smoke tests."""
 
 

@@ -155,6 +155,7 @@ def test_pairs(key):
     assert not np.allclose(logits, swapped, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rematerialisation_is_the_same_model(key, x64):
     def run(remat):
         model = drawn(lambda key: classifier(key, dropout=0.3, mlp_width=5, num_layers=1, remat=remat), key)

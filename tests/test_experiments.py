@@ -1,7 +1,9 @@
 """The experiments and the README's example, started as the README starts them, in tiny sizes."""
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import re
 import shlex
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
-from helpers import quick_jit
+from helpers import quick_jit, slow
 from scripts import ROOT, run, run_here
 
 from s5eqx.data import AssocRecall
@@ -29,12 +31,17 @@ RUN = (*TINY, "--steps", 300, "--run", "here")
 in_one_process = pytest.mark.xdist_group("assoc_recall")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=["here", slow("as a process")])
+def trained(request, tmp_path_factory):
     """The folder of a finished run, its output and its result."""
     folder = tmp_path_factory.mktemp("trained")
-    code, output, errors = run(SCRIPT, *RUN, folder=folder)
-    assert code == 0, errors
+    if request.param == "here":
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            run_here(patch, SCRIPT, *RUN, folder=folder)
+        output = printed.getvalue()
+    else:
+        code, output, errors = run(SCRIPT, *RUN, folder=folder)
+        assert code == 0, errors
     return folder, output, json.loads(output.splitlines()[-1])
 
 
@@ -184,6 +191,7 @@ def example_of_the_readme(number):
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
     (tmp_path / "example.py").write_text(example_of_the_readme(0))
     run_here(monkeypatch, "example.py", folder=tmp_path)

@@ -80,6 +80,8 @@ def run_model(model, tokens, targets):
     "name",
     but_slow(
         names("s5ssm_*"),
+        "s5ssm_cplx_conj1_clip0_full_glu",
+        "s5ssm_cplx_conj1_clip1_half_glu2",
         "s5ssm_lecun_conj0_clip1_full_glu",
         "s5ssm_lecun_conj1_clip1_half_glu2",
         "s5ssm_trunc_conj0_clip0_half_glu2",
@@ -109,12 +111,25 @@ def test_initial_eigenvalues(name):
     assert V.shape == fixture["init/V"].shape and Vinv.shape == fixture["init/Vinv"].shape
 
 
-@pytest.mark.parametrize("name", but_slow([n for n in names("s5op_*") if not n.endswith("inner2")], "s5op_o2_sf3"))
+@pytest.mark.parametrize(
+    "name",
+    but_slow(
+        [n for n in names("s5op_*") if not n.endswith("inner2")],
+        "s5op_o2_sf0",
+        "s5op_o2_sf3",
+        "s5op_o2_sf3_short_input",
+    ),
+)
 def test_operator(name, dtype):
     check_layer(name, dtype)
 
 
-@pytest.mark.parametrize("name", but_slow([n for n in names("hyenaop_*") if not n.endswith("gelu")], "hyenaop_o2"))
+@pytest.mark.parametrize(
+    "name",
+    but_slow(
+        [n for n in names("hyenaop_*") if not n.endswith("gelu")], "hyenaop_o2", "hyenaop_o2_l30_lmax48", "hyenaop_o3"
+    ),
+)
 def test_hyena_operator(name, dtype):
     fixture, layer = check_layer(name, dtype)
     kernels = np.asarray(quick_jit(ImplicitFilter.kernels)(layer.bank))
@@ -123,7 +138,7 @@ def test_hyena_operator(name, dtype):
     fixture.check("out/filter_k", filters[:, : fixture.config["L"]])
 
 
-@pytest.mark.parametrize("name", but_slow(names("lm_*"), "lm_s5", "lm_s5_cplx"))
+@pytest.mark.parametrize("name", but_slow(names("lm_*"), "lm_hyena", "lm_s5", "lm_s5_cplx"))
 def test_language_model(name, dtype):
     fixture = Fixture(name)
     model = fixture.load(fixture.params(dtype))

@@ -105,7 +105,9 @@ def test_h3(name, dtype):
         fixture.check("step/y", fixture["out/y"][:, half:])
 
 
-@pytest.mark.parametrize("name", but_slow(HYENA_FILES, "hyena_o2_nomod_freez", "hyena_o3", "hyena_o2"))
+@pytest.mark.parametrize(
+    "name", but_slow(HYENA_FILES, "hyena_o2", "hyena_o2_nomod_freez", "hyena_o2_shortseq", "hyena_o3")
+)
 def test_hyena(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -191,7 +193,7 @@ def check_masked(fixture, layer, dtype):
     fixture.check_gradient(gradient)
 
 
-@pytest.mark.parametrize("name", but_slow(S4D_FILES, "s4d_safari_inv"))
+@pytest.mark.parametrize("name", but_slow(S4D_FILES, "s4d_safari_bidir", "s4d_safari_inv"))
 def test_s4d(name, dtype):
     fixture = Fixture(name)
     layer = fixture.load(fixture.params(dtype))
@@ -269,8 +271,10 @@ def banded(fixture):
     "name",
     but_slow(
         S4D_KERNELS,
+        "s4dkernel_combo_tied_zoh",
         "s4dkernel_inv_zoh",
         "s4dkernel_legs_bilinear",
+        "s4dkernel_lin_bilinear",
         "s4dkernel_lin_bilinear_default",
         "s4dkernel_lin_zoh",
     ),
@@ -412,7 +416,7 @@ def run_model(model, tokens, cot):
     return logits, to_safari(gradient)
 
 
-@pytest.mark.parametrize("name", but_slow(MODELS, "lm_h3", "lm_s4d"))
+@pytest.mark.parametrize("name", but_slow(MODELS, "lm_h3", "lm_s4d", "lm_transformer"))
 def test_language_model(name, dtype):
     """What these generate is in test_generate.py."""
     fixture = Fixture(name)

@@ -20,7 +20,8 @@ from s5eqx.samplers import Temperature
 
 MODELS = ["lm_h3_hybrid", *map(slow, ("lm_hyena", "lm_h3", "lm_s4d", "lm_transformer"))]
 GROUPS = {
-    "convolutions": ["convolution", "hyena_implicit_2", "hyena_implicit_3", "hyena_heads", "h3_conv", "long_conv"],
+    "convolutions": ["hyena_implicit_3", "hyena_heads", "long_conv"],
+    "more convolutions": ["convolution", "hyena_implicit_2", "h3_conv"],
     "states": ["hyena_2", "h3_heads", "modal", "lru", "rg_lru", "short_conv_4"],
     "parts of these, attention": [
         *("s5_full_gelu", "s4d_shared", "shift_ssm", "mlp"),
@@ -73,23 +74,25 @@ def by_steps(model, prompt, steps, *, prefill):
     return jax.vmap(one)(prompt)
 
 
+@pytest.mark.parametrize("way", ["by tiles", slow("after a prefill"), slow("by steps")])
 @pytest.mark.parametrize("name", MODELS)
-def test_official_generation(name, dtype, key):
-    """By steps, after a prefill and by tiles."""
+def test_official_generation(name, way, dtype, key):
     fixture = Fixture(name)
     model = fixture.load(fixture.params(dtype))
     prompt, tokens, expected = (fixture[f"gen/{part}"] for part in ("prompt", "tokens", "logits"))
     prompt, size = prompt.astype(np.int32), tokens.shape[1]
-    recorder = Recorder(shifted)
-    ways = [by_steps(model, prompt, jnp.arange(size, dtype=jnp.int32), prefill=prefill) for prefill in (False, True)]
-    ways.append((generate(model, prompt, size, key=key, sampler=recorder).tokens, recorder.logits(key, *tokens.shape)))
-    for got, logits in ways:
-        np.testing.assert_array_equal(got, tokens)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=(1e-4 if dtype == np.float32 else 1e-9) * scale)
+    if way == "by tiles":
+        recorder = Recorder(shifted)
+        got = generate(model, prompt, size, key=key, sampler=recorder).tokens
+        logits = recorder.logits(key, *tokens.shape)
+    else:
+        got, logits = by_steps(model, prompt, jnp.arange(size, dtype=jnp.int32), prefill=way == "after a prefill")
+    np.testing.assert_array_equal(got, tokens)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=(1e-4 if dtype == np.float32 else 1e-9) * scale)
 
 
-@pytest.mark.parametrize("group", but_slow(GROUPS, "states", "parts of these, attention"))
+@pytest.mark.parametrize("group", but_slow(GROUPS, "more convolutions", "states", "parts of these, attention"))
 def test_the_parallel_pass_gives_the_same_logits(group, key, x64, monkeypatch):
     """For every mixer, prompts of different lengths, and tiles of all sizes."""
     monkeypatch.setattr(module, "BLOCK", 8)

@@ -70,6 +70,7 @@ def test_light_and_shape_are_as_described():
     assert (middle > 0.3).mean() > 0.2 and (middle < -0.3).mean() > 0.2
 
 
+@pytest.mark.slow
 def test_an_example_depends_on_seed_and_number_alone(request, key):
     make = lambda seed: Shapes(size=8, num_test=5, seed=seed)
     indices = np.arange(6, dtype=np.int32)

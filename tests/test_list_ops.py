@@ -100,6 +100,7 @@ def test_lengths_and_values_are_spread(key):
 # Purity, and the two sets.
 
 
+@pytest.mark.slow
 def test_an_example_depends_on_seed_and_number_alone():
     together, others = arrays(SMALL.train(numbers(20))), arrays(SMALL.train(numbers(19, 39)))
     for name in together:

@@ -28,7 +28,12 @@ NAMES = [
     "lru",
     "rg_lru",
 ]
-every_name = pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in NAMES])
+LIKE_OTHERS = {"short_conv_4", "h3", "long_conv", "rg_lru"}
+"""What a chunk leaves of them is what it leaves of another: among the slow tests."""
+every_name = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[*marks(name), *[pytest.mark.slow] * (name in LIKE_OTHERS)]) for name in NAMES],
+)
 partitions = st.lists(st.sampled_from([1, 2, 13, LONGEST]), min_size=1, max_size=12)
 
 NEAR_ONE = {"log_Delta": -9.0, "nu_log": -9.0, "Lambda": 9.0}

@@ -120,6 +120,7 @@ def test_some_pictures_are_clean_and_some_nothing_but_noise(key):
 # Purity.
 
 
+@pytest.mark.slow
 def test_an_example_depends_on_seed_and_number_alone():
     make = lambda seed: Pendulum(num_times=20, length=10, size=10, num_test=8, seed=seed)
     task = make(0)
@@ -135,6 +136,7 @@ def test_an_example_depends_on_seed_and_number_alone():
     assert together["targets"].shape[-1] == task.num_outputs
 
 
+@pytest.mark.slow
 def test_double_precision_does_not_change_the_data(request, key):
     make = lambda: examples(Pendulum(num_times=20, length=10, size=10), 4, key)
     expected = make()

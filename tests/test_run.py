@@ -25,6 +25,7 @@ def test_scalars_and_tables_are_read_back(tmp_path):
     assert b"| width | 64 |\n| name | s5 |" in table.tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_logging_needs_no_tensorflow_and_the_library_no_training(tmp_path):
     code = (
         "import sys, s5eqx; assert 's5eqx.train' not in sys.modules and 'optax' not in sys.modules\n"

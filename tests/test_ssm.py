@@ -263,7 +263,7 @@ def test_every_other_transformation(x64):
     agree(*quick_jit(lambda: (found(), expected()))())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=native), slow("jax")])
 def test_shard_map_with_replicated_weights(backend, x64):
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     one, every = PartitionSpec("d"), PartitionSpec()

@@ -222,6 +222,7 @@ def run_python(code, **environment):
 
 
 @native
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to take processors from a process")
 def test_the_same_bits_on_one_thread():
     """XLA's pool has as many threads as the process has processors when it starts."""

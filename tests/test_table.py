@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from helpers import drawn
+from helpers import but_slow, drawn
 
 from s5eqx import nn
 
@@ -67,7 +67,7 @@ def test_the_table_names_every_layer():
     assert rows().keys() == ROWS.keys()
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", but_slow(ROWS, "h3", "h3_conv", "S4D", "ModalSSM", "LRU", "ShortConv"))
 def test_row(name):
     build, state_size = ROWS[name]
     build = functools.cache(lambda length, build=build: drawn(lambda _: build(length), jr.key(0)))

@@ -1,5 +1,6 @@
 """Runs the CUDA kernels on the host: builds the programs of `cuda_host` and speaks their protocols."""
 
+import functools
 import hashlib
 import os
 import shlex
@@ -20,7 +21,7 @@ PROGRAMS = Path(__file__).parents[1] / "build" / "cuda_on_host"
 COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler to run the CUDA kernels on the host with")
 
-ELEMENTS = {"float32": 0, "float64": 1, "complex64": 2, "complex128": 3}
+ELEMENTS = ("float32", "float64", "complex64", "complex128")
 RANDOM, STUBBORN, LAST_FIRST = range(3)
 
 
@@ -40,6 +41,7 @@ SCHEDULES = tuple(
 )
 
 
+@functools.cache
 def build(*flags, name="scan_on_host"):
     """The program, compiled once for all runs that have these sources, these flags and this compiler."""
     command = [*COMPILER, "-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -81,14 +83,15 @@ OPTIONS = {"backward": False, "conjugate": False, "wants_x": True, "wants_last":
 def ask(program, questions):
     """Answers to `(case, options)`, each the arrays of the first run and how many bytes each further run differs in.
 
-    `options` overrides `OPTIONS`; `shift` moves every array by so many elements off a 16-byte boundary.
+    `program` gives the program for a dtype, which all cases share. `options` overrides `OPTIONS`; `shift` moves every
+    array by so many elements off a 16-byte boundary.
     """
     message, expected = [], []
     for c, options in questions:
         asked = OPTIONS | options
         batch, length, states = c.b.shape
         rows = 0 if c.reset is None else c.reset.shape[0]
-        numbers = [asked["backward"], ELEMENTS[c.b.dtype.name], batch, length, states, *c.a.shape[:2], rows, c.reverse]
+        numbers = [asked["backward"], batch, length, states, *c.a.shape[:2], rows, c.reverse]
         numbers += [asked["conjugate"], asked["wants_x"], asked["wants_last"], asked["shift"], len(asked["runs"])]
         numbers += [n for run in asked["runs"] for n in run]
         flags = np.zeros(0, np.uint8) if c.reset is None else c.reset.astype(np.uint8)
@@ -100,7 +103,8 @@ def ask(program, questions):
         else:
             shapes = [c.b.shape] * asked["wants_x"] + [c.x0.shape] * asked["wants_last"]
         expected.append((shapes, c.b.dtype, len(asked["runs"]) - 1))
-    return converse(program, message, expected)
+    (dtype,) = {c.b.dtype.name for c, _ in questions}
+    return converse(program(dtype), message, expected)
 
 
 def converse(program, message, expected):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_on_host import SCHEDULES, Run, all_states, ask, build, case, cotangents, errors, needs_compiler
+from cuda_on_host import ELEMENTS, SCHEDULES, Run, all_states, ask, build, case, cotangents, errors, needs_compiler
 from helpers import slow
 from scan_problems import plain_scan
 
@@ -16,7 +16,6 @@ from s5eqx.ops import _native
 
 pytestmark = [needs_compiler, pytest.mark.xdist_group("cuda_on_host")]  # which build one program
 CUDA = s5eqx.backends()[1]
-DTYPES = ("float32", "float64", "complex64", "complex128")
 FORWARD = {"wants_last": True}
 LAST_ONLY = {"wants_x": False, "wants_last": True}
 BACKWARD = {"backward": True}
@@ -26,14 +25,13 @@ def bound(dtype):
     return 2e-6 if dtype in ("float32", "complex64") else 1e-13
 
 
-@pytest.fixture(scope="module")
-def program():
-    return build("-O1")
+def program(dtype, *flags):
+    """Of each type of elements one, since a test waits for what it compiles."""
+    return build("-O1", f"-DS5EQX_ELEMENT={ELEMENTS.index(dtype)}", *flags)
 
 
-@pytest.fixture(scope="module")
-def sanitized():
-    return build("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+def sanitized(dtype):
+    return program(dtype, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def check(program, questions):
@@ -58,7 +56,7 @@ SHAPES = (  # (B, L, P): tiles hold 256 steps of a full line of channels, and up
 
 
 @pytest.mark.parametrize("dtype", ["complex64", *map(slow, ("float32", "float64", "complex128"))])
-def test_every_path(program, dtype):
+def test_every_path(dtype):
     questions = []
     for i, (batch, length, states) in enumerate(SHAPES):
         for varying in (False, True):
@@ -80,23 +78,25 @@ def test_every_path(program, dtype):
 
 
 @pytest.mark.parametrize("varying", [False, True])
-def test_same_bits_for_any_grid_and_schedule(program, varying):
+def test_same_bits_for_any_grid_and_schedule(varying):
     """4 grids x 5 schedules, over two groups of tiles."""
     c = case("complex64", 2, 256 * 18 + 3, 4, varying=varying, flags=1, radius=(0.999, 0.99999))
     check(program, [(c, {**FORWARD, "runs": SCHEDULES}), (c, {**BACKWARD, "runs": SCHEDULES[::3]})])
 
 
-def test_same_bits_off_alignment(program):
+@pytest.mark.parametrize(
+    ("dtype", "length", "states"), [("complex64", 5000, 8), slow("float32", 5000, 8), slow("float64", 256 * 70, 16)]
+)
+def test_same_bits_off_alignment(dtype, length, states):
     """Threads then take single channels, in the same tiles of time."""
-    for dtype, length, states in (("float32", 5000, 8), ("complex64", 5000, 8), ("float64", 256 * 70, 16)):
-        c = case(dtype, 2, length, states, flags=2)
-        for options in (FORWARD, BACKWARD):
-            (there, _), (here, _) = ask(program, [(c, options), (c, {**options, "shift": 1})])
-            for x, y in zip(there, here, strict=True):
-                np.testing.assert_array_equal(x, y)
+    c = case(dtype, 2, length, states, flags=2)
+    for options in (FORWARD, BACKWARD):
+        (there, _), (here, _) = ask(program, [(c, options), (c, {**options, "shift": 1})])
+        for x, y in zip(there, here, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
-def test_the_final_state_alone_is_the_last_of_all(program):
+def test_the_final_state_alone_is_the_last_of_all():
     """To the bit, on either path, though most of its tiles never learn the state that enters them."""
     for length in (500, 5000):
         for varying in (False, True):
@@ -107,7 +107,7 @@ def test_the_final_state_alone_is_the_last_of_all(program):
 
 
 @pytest.mark.parametrize("varying", [False, True])
-def test_nan_stays_in_its_channel_and_a_reset_ends_it(program, varying):
+def test_nan_stays_in_its_channel_and_a_reset_ends_it(varying):
     """The NaN is the very bit pattern that marks an empty slot: whoever waited for it would wait for ever."""
     c = case("complex64", 1, 256 * 20, 4, varying=varying, flags=1)
     c.reset[:] = False
@@ -121,7 +121,7 @@ def test_nan_stays_in_its_channel_and_a_reset_ends_it(program, varying):
     )
 
 
-def test_growth_from_nothing_stays_nothing(program):
+def test_growth_from_nothing_stays_nothing():
     """|a|^2048, the power over a tile, overflows; a state of zero stays zero all the same."""
     c = case("complex64", 1, 2048 * 6, 2, radius=(1.9, 2.0))
     c.b[:] = 0
@@ -146,7 +146,7 @@ def test_more_than_the_kernels_count_is_refused(batch, states):
     ("length", "radius", "limit"),
     [(5_003, 0.999, 5e-7), (20_011, 0.9999, 5e-7), (131_072, 0.99999, 5e-7), (1_048_576, 0.999999, 5e-7)],
 )
-def test_long_memory(program, length, radius, limit):
+def test_long_memory(length, radius, limit):
     """Forward and gradients stay at the rounding of float32, in the Euclidean norm that such errors are quoted in.
 
     Prints a row of BENCHMARKS.md.
@@ -174,7 +174,7 @@ def associative_scan(a, b, x0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("varying", [False, True])
-def test_same_bits_over_super_groups(program, varying):
+def test_same_bits_over_super_groups(varying):
     """More than 256 tiles, so that the chain of published states is used."""
     c = case("complex64", 1, (256 if not varying else 128) * 260, 16, varying=varying, flags=1, radius=(0.999, 0.99999))
     runs = {"runs": SCHEDULES}
@@ -182,8 +182,8 @@ def test_same_bits_over_super_groups(program, varying):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sanitizers(sanitized, dtype):
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_sanitizers(dtype):
     """Address and undefined-behaviour sanitizers, over the shapes of `test_every_path` and a longer chain."""
     questions = []
     for i, (batch, length, states) in enumerate((*SHAPES[:8], (2, 256 * 33 + 1, 4))):

@@ -1,12 +1,14 @@
-// Runs the GPU kernels on a host. Problems come in through stdin, results go out through stdout, as raw int64 and
-// arrays:
+// Runs the GPU kernels on a host, for elements of one type: S5EQX_ELEMENT is its place in `Elements`. Problems come in
+// through stdin, results go out through stdout, as raw int64 and arrays:
 //
-//   in   pass (0 forward, 1 backward), element (0 f32, 1 f64, 2 c64, 3 c128), B, L, P, rows of a, steps of a,
-//        rows of flags (0: no resets), reverse, conjugate, wants x, wants last, shift (elements off a 16-byte
-//        boundary), runs; runs x (blocks or 0, resident blocks, seed, order); a, b, x0, flags; or a, x, x0, flags, g
+//   in   pass (0 forward, 1 backward), B, L, P, rows of a, steps of a, rows of flags (0: no resets), reverse,
+//        conjugate, wants x, wants last, shift (elements off a 16-byte boundary), runs; runs x (blocks or 0, resident
+//        blocks, seed, order); a, b, x0, flags; or a, x, x0, flags, g
 //   out  x, last; or lambda, da, dx0, of the first run; then, for each further run, how many bytes it differs in
 //
 // until the input ends.
+#include <tuple>
+
 #include "on_host.h"
 #include "scan.cuh"
 
@@ -63,23 +65,6 @@ void solve(bool backward) {
 }  // namespace
 
 int main() {
-  for (;;) {
-    const bool backward = read_int() != 0;
-    switch (read_int()) {
-      case 0:
-        solve<float>(backward);
-        break;
-      case 1:
-        solve<double>(backward);
-        break;
-      case 2:
-        solve<Complex<float>>(backward);
-        break;
-      case 3:
-        solve<Complex<double>>(backward);
-        break;
-      default:
-        host::fail("no such element");
-    }
-  }
+  using Elements = std::tuple<float, double, Complex<float>, Complex<double>>;
+  for (;;) solve<std::tuple_element_t<S5EQX_ELEMENT, Elements>>(read_int() != 0);
 }
